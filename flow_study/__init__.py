@@ -1,1 +1,37 @@
 __version__ = "0.1.0"
+
+# Public names by module. They are imported when first used (PEP 562), so that `import flow_study` costs nothing and
+# what needs no torch does not load it.
+_public = {
+    'config': 'TrainingConfig ProtocolWarning',
+    'files': 'WriteError',
+    'draws': 'keyed_generator',
+    'data': 'DataError FlowDataset NormalizationStats create_dataloader load_all_splits make_splits save_splits',
+    'corpus': 'build_corpus encode_texts register_encoder',
+    'paths': 'Flow create_flow register_flow',
+    'augment': 'create_augment register_augment',
+    'closed_form': 'HeldOutLoss ValidationBank Yardsticks held_out_loss plot_yardsticks verdict yardsticks',
+    'models': 'SimpleVelocityNet VelocityMLP build_model create_model register_model',
+    'early_stopping': 'EarlyStopping',
+    'ema': 'EMAModel',
+    'schedule': 'get_cosine_schedule_with_warmup',
+    'checkpoint': 'CheckpointError get_checkpoint_path load_checkpoint load_checkpoint_with_stats_check load_model save_checkpoint',
+    'device': 'GPUError choose_gpu gpu_readings list_gpus pick_device set_seed verify_gpu',
+    'rundir': 'RunDirError RunLockedError read_metrics read_status request',
+    'tracking': 'ProgressTracker Tracker WandbTracker',
+    'trainer': 'FlowTrainer NonFiniteError',
+}
+_where = {name: module for module, names in _public.items() for name in names.split()}
+__all__ = sorted(_where)
+
+
+def __getattr__(name):
+    "Import a public name from its module"
+    if name not in _where: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+    value = globals()[name] = getattr(import_module(f'{__name__}.{_where[name]}'), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_where})
