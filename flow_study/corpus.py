@@ -122,7 +122,7 @@ def encode_lsa(
     share = 100*svd.explained_variance_ratio_.sum()
     _logger.info('lsa: %d numbers carry %.0f %% of the variance of %d words', x.shape[1], share, table.shape[1])
     if x.shape[1] < dim: _logger.warning('lsa: %d texts with %d shared words do not fill %d numbers', *table.shape, dim)
-    return _unit_rows(x @ _rotation(x.shape[1]))
+    return _unit_rows((x*svd.singular_values_[:x.shape[1]]) @ _rotation(x.shape[1]))
 
 # %% ../nbs/05_corpus.ipynb #f7a45280
 def _tfidf(texts):
@@ -148,11 +148,11 @@ def _unit_rows(x):
 register_encoder('lsa', encode_lsa, package='scikit-learn')
 
 # %% ../nbs/05_corpus.ipynb #3fca1c17
-def _needs(module, encoder, extra):
+def _needs(module, encoder, todo):
     "Import a module of an extra, or say how to get it"
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"encoder {encoder!r} cannot import {module} ({e}). `pip install 'flow_study[{extra}]'` installs it") from e
+        raise ImportError(f'encoder {encoder!r} cannot import {module} ({e}). {todo}') from e
 
 # %% ../nbs/05_corpus.ipynb #fdddb0d8
 def _load_model(load, encoder, model):
@@ -172,7 +172,7 @@ def encode_sentence_transformers(
     batch_size:int=64, # Texts at a time
 ): # Array (n, d)
     "Embed with a model of the `sentence-transformers` package"
-    package = _needs('sentence_transformers', 'sentence-transformers', 'text')
+    package = _needs('sentence_transformers', 'sentence-transformers', "`pip install 'flow_study[text]'` installs it")
     net = _load_model(lambda: package.SentenceTransformer(str(model), device=device), 'sentence-transformers', model)
     return net.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
 
@@ -188,7 +188,8 @@ def encode_sonar(
 ): # Tensor (n, 1024)
     "Embed with the SONAR text encoder of the `sonar-space` package"
     import torch
-    package = _needs('sonar.inference_pipelines.text', 'sonar', 'sonar')
+    package = _needs('sonar.inference_pipelines.text', 'sonar', '`pip install sonar-space` in an environment whose torch fairseq2 supports, '
+                     'then `flow_study_data vectors.npy --texts FILE` here')
     net = _load_model(lambda: package.TextToEmbeddingModelPipeline(encoder=model, tokenizer=model, device=torch.device(device)),
                       'sonar', model)
     return net.predict(texts, source_lang=source_lang, batch_size=batch_size).cpu()
