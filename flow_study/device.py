@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .config import bad_value
 
 # %% ../nbs/16_device.ipynb #7411cd02
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% ../nbs/16_device.ipynb #cbce4acf
 def _ask(nvml, name, *args):
@@ -221,7 +221,7 @@ def verify_gpu(
     doubts = _doubts(name, value, _physical(props, gpus), gpus)
     if doubts and require: raise GPUError('; '.join(doubts) + '. Start the process with CUDA_DEVICE_ORDER=PCI_BUS_ID '
         'and CUDA_VISIBLE_DEVICES=1 on a machine with such a GPU, or do not require it')
-    for doubt in doubts: _log.warning(doubt)
+    for doubt in doubts: _logger.warning(doubt)
     return name
 
 # %% ../nbs/16_device.ipynb #cd122c2c

@@ -69,10 +69,16 @@ def acquire_lock(
         try: lock.mkdir()
         except FileExistsError: _remove_stale(lock)
         except OSError as e: raise RunDirError(e.errno, f'run directory cannot be written: {e.strerror}', str(path)) from e
-        else:
-            publish_json(lock/'owner.json', this_process())
-            return lock
+        else: return _sign(lock)
     raise RunLockedError(f'{path}: others keep taking its lock; try again')
+
+def _sign(lock):
+    "Write the owner into a lock just made; a lock that cannot be signed (a full disk) is not left behind"
+    try: publish_json(lock/'owner.json', this_process())
+    except BaseException:
+        shutil.rmtree(lock)
+        raise
+    return lock
 
 # %% ../nbs/17_rundir.ipynb #0444e74e
 def _remove_stale(lock):
@@ -166,6 +172,8 @@ class RunDir:
         self = cls(path, lock, before.get('generation', 1) + 1)
         self.status = before
         shutil.rmtree(path/'requests', ignore_errors=True)  # what was asked of the process that is gone, it can no longer do
+        for name in ('last.pt', 'best.pt'):  # what it was writing when it was killed
+            for p in path.glob(f'.{name}.*.tmp'): p.unlink(missing_ok=True)
         return self
 
 # %% ../nbs/17_rundir.ipynb #b0cd4697
@@ -211,9 +219,17 @@ def log(self:RunDir,
     line = (to_json(metrics) + '\n').encode()
     try:
         if self._metrics is None: self._metrics = os.open(self.path/'metrics.jsonl', os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        written = os.write(self._metrics, line)
-        if written < len(line): os.write(self._metrics, line[written:])  # the disk is nearly full: the rest raises
+        _append(self._metrics, line)
     except OSError as e: raise write_error(self.path/'metrics.jsonl', len(line), e) from e
+
+def _append(fd, line):
+    "The whole line or, when the disk is full, nothing of it"
+    before, written = os.fstat(fd).st_size, 0
+    try:
+        while written < len(line): written += os.write(fd, line[written:])
+    except OSError:
+        os.ftruncate(fd, before)
+        raise
 
 @patch
 def size(self:RunDir)->int:

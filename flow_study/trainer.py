@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.func import functional_call
 
-import flow_study
+from . import __version__
 from .augment import create_augment
 from .checkpoint import CheckpointError, CheckpointWriter, check_stats, find_checkpoint, get_checkpoint_path, read_checkpoint, restore_checkpoint, snapshot, write_checkpoint
 from .closed_form import HeldOutLoss, ValidationBank, Yardsticks, held_out_loss, plot_yardsticks, verdict, yardsticks
@@ -320,7 +320,7 @@ def _save(self:FlowTrainer, best=False, now=False):
 def environment(device)->dict:
     "What bitwise equality of a resumed run depends on, and the versions"
     record = device_record(device)
-    return dict(torch=str(torch.__version__), python=platform.python_version(), flow_study=flow_study.__version__,
+    return dict(torch=str(torch.__version__), python=platform.python_version(), flow_study=__version__,
                 threads=torch.get_num_threads(), processor=platform.processor() or platform.machine(), device=record['name'], device_type=record['type'])
 
 # %% ../nbs/20_trainer.ipynb #f109c7d2

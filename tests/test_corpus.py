@@ -1,5 +1,5 @@
 """The built-in corpus as a whole, and `flow_study_data` as its users meet it: as a process."""
-import json, os, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 from time import perf_counter
 

@@ -30,7 +30,7 @@ def imported(tree, package='flow_study'):
             yield from (a.name.partition('.')[2] for a in node.names if a.name.split('.')[0] == package)
         if isinstance(node, ast.ImportFrom):
             base = ('.' if node.level else '') + (node.module or '')
-            if base in ('.', package): yield from (a.name if a.name in MODULES else '' for a in node.names)
+            if base in ('.', package): yield from (a.name if a.name in MODULES else '' for a in node.names if a.name != '__version__')
             elif base.startswith(('.', f'{package}.')): yield base.removeprefix(package).removeprefix('.')
 
 
@@ -49,7 +49,7 @@ def python(code):
 
 
 def test_imported_finds_every_form():
-    code = 'import flow_study.a, os\nfrom .b import x\ndef f():\n    from flow_study.c import y\n    from flow_study import Z'
+    code = 'import flow_study.a, os\nfrom .b import x\ndef f():\n    from flow_study.c import y\n    from flow_study import Z, __version__'
     assert list(imported(ast.parse(code))) == ['a', 'b', 'c', '']
 
 
