@@ -60,7 +60,8 @@ def as_table(
     what:str='embeddings', # What it is, for messages
 )->torch.Tensor: # (n, d) float32, finite
     "`x` as a table; raises `DataError` for a wrong shape, an empty table, NaN or infinity"
-    x = torch.as_tensor(x)
+    try: x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as e: raise DataError(f'{what} is {type(x).__name__}, expected a table of numbers (n, d): {e}') from e
     if x.ndim != 2 or 0 in x.shape: raise DataError(f"{what} has shape {tuple(x.shape)}, expected (n, d): n >= 1 rows of d >= 1 numbers")
     if x.is_complex() or x.dtype == torch.bool: raise DataError(f"{what} has type {x.dtype}, expected float32")
     if x.dtype != torch.float32:
@@ -136,14 +137,15 @@ def load(cls:NormalizationStats,
     "Read statistics from a file; raises `DataError` when it cannot be used"
     d = read_plain(path, 'statistics', '`flow_study_data` makes it with the splits')
     missing = {'mean', 'std'} - d.keys()
-    if missing: raise DataError(f"statistics {path} lack {', '.join(sorted(missing))}; found {', '.join(d)}")
+    if missing: raise DataError(f"statistics {path} lack {', '.join(sorted(missing))}; found {', '.join(map(str, d))}")
     return cls.from_state_dict(d)
 
 @patch(cls_method=True)
 def from_state_dict(cls:NormalizationStats, d:dict)->NormalizationStats:
     "The statistics in a dict, as from `state_dict`"
-    mean, std = (torch.as_tensor(d[k]).float() for k in ('mean', 'std'))
-    return cls(mean, std, int(d.get('n_samples', 0)), str(d.get('source', 'not recorded')))
+    try: mean, std, n = *(torch.as_tensor(d[k]).float() for k in ('mean', 'std')), int(d.get('n_samples', 0))
+    except (TypeError, ValueError, RuntimeError) as e: raise DataError(f'statistics: mean and std are not tensors of numbers ({e})') from e
+    return cls(mean, std, n, str(d.get('source', 'not recorded')))
 
 # %% ../nbs/04_data.ipynb #991f8a58
 class FlowDataset(torch.utils.data.Dataset):

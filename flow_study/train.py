@@ -6,13 +6,14 @@
 __all__ = ['parse_args']
 
 # %% ../nbs/22_train.ipynb #24044d5c
-import argparse, json, logging, os, signal, sys, time
+import argparse, json, logging, os, signal, sys, threading, time
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from fastcore.docments import docments
 
-from .config import TrainingConfig, bad_value
+from .config import TrainingConfig, bad_value, unknown_name
 from .console import Parser, complain, setup_logging
 from .device import choose_gpu, set_seed, verify_gpu
 
@@ -29,6 +30,14 @@ def _add_config(p):
         p.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, help=(help[f.name] + default).replace('%', '%%'), **kind)
 
 # %% ../nbs/22_train.ipynb #be48f82d
+def _one_of(*known):
+    "A type for an option with few values; it suggests the nearest"
+    def check(value):
+        if value in known: return value
+        raise argparse.ArgumentTypeError(unknown_name('value', value, known))
+    return check
+
+# %% ../nbs/22_train.ipynb #a3335f4f
 def _parser():
     "The options of `flow_study_train`"
     p = Parser('flow_study_train', description='Train a velocity network on a table of embeddings.')
@@ -37,11 +46,11 @@ def _parser():
     o.add_argument('--config', metavar='FILE', help='take the run from a JSON file, such as the config.json of another run')
     o.add_argument('--resume', metavar='PATH', help='go on from a checkpoint, a run directory or a run name; needs no other option')
     o.add_argument('--allow-config-change', action='store_true', help='resume although options or data differ from the checkpoint')
-    o.add_argument('--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='where to train (default auto)')
+    o.add_argument('--device', default='auto', type=_one_of('auto', 'cuda', 'cpu'), metavar='NAME', help='where to train: auto, cuda or cpu (default auto)')
     o.add_argument('--gpu', default='1', metavar='N', help='number (as in nvidia-smi) or UUID of the GPU (default 1)')
     o.add_argument('--require-gpu', action='store_true', help='fail when it is not the GPU that the study uses')
     o.add_argument('--wandb-project', default='flow-matching-study', metavar='NAME', help='project in W&B (default %(default)s)')
-    o.add_argument('--wandb-mode', choices=('online', 'offline', 'disabled'), help='by default online with a key, offline without')
+    o.add_argument('--wandb-mode', type=_one_of('online', 'offline', 'disabled'), metavar='MODE', help='online, offline or disabled; by default online with a key, offline without')
     o.add_argument('--wandb-upload', action='store_true', help='upload the best checkpoint to W&B')
     o.add_argument('--checkpoint-seconds', type=float, default=0., metavar='S', help='seconds at least between two last.pt (default 0: every epoch)')
     return p
@@ -71,9 +80,11 @@ def _fields(args):
 # %% ../nbs/22_train.ipynb #059105ee
 def _resumed(args):
     "Checkpoint and fields of the config of a run that goes on"
-    from flow_study.checkpoint import find_checkpoint, read_checkpoint
+    from flow_study.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
     path = find_checkpoint(args.resume, args.run.get('checkpoint_dir', 'study/checkpoints'))
-    config = TrainingConfig.from_dict(read_checkpoint(path)['config'])
+    config = read_checkpoint(path).get('config')
+    if not config: raise CheckpointError(path, 'does not say of which run it is, and cannot be gone on from')
+    config = TrainingConfig.from_dict(config)
     folder = path.absolute().parent
     if (folder/'config.json').exists() and folder != config.run_dir.absolute():
         name = None if folder.name == config.replace(name=None).run_name else folder.name
@@ -81,10 +92,20 @@ def _resumed(args):
     return path, config.replace(**args.run).to_dict()
 
 # %% ../nbs/22_train.ipynb #ca55be08
+def _leave(number, frame):
+    "End the process with what it has said so far"
+    for stream in (sys.stdout, sys.stderr):
+        try: stream.flush()
+        except Exception: pass  # the signal came within a write
+    os._exit(128 + number)
+
+@contextmanager
 def _exit_on_sigterm():
-    "SIGTERM as an ordinary exit with code 143"
-    def leave(number, frame): raise SystemExit(128 + number)
-    signal.signal(signal.SIGTERM, leave)
+    "SIGTERM ends the process with code 143; afterwards it means what it meant before"
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    before = signal.signal(signal.SIGTERM, _leave)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
 
 def _run(args):
     "Carry out what the options ask for; gives the result of training"
@@ -117,14 +138,14 @@ def main(
     argv=None, # Arguments; by default those of the command line
 )->int: # Exit code: 0 done, 1 failed, 2 bad arguments, 130 and 143 interrupted
     "Train a velocity network: `flow_study_train`"
-    _exit_on_sigterm()
-    args, started = parse_args(argv), time.monotonic()
-    setup_logging()
-    try: result = _run(args)
-    except KeyboardInterrupt: return complain('flow_study_train', 'interrupted before training began', 130)
-    except (ValueError, OSError, RuntimeError) as e: return complain('flow_study_train', e)
-    print(_summary(result, time.monotonic() - started))
-    return 128 + result['signal'] if result['signal'] else 0
+    with _exit_on_sigterm():
+        args, started = parse_args(argv), time.monotonic()
+        setup_logging()
+        try: result = _run(args)
+        except KeyboardInterrupt: return complain('flow_study_train', 'interrupted before training began', 130)
+        except (ValueError, OSError, RuntimeError) as e: return complain('flow_study_train', e)
+        print(_summary(result, time.monotonic() - started))
+        return 128 + result['signal'] if result['state'] == 'interrupted' and result['signal'] else 0
 
 # %% ../nbs/22_train.ipynb #70d31c5a
 #| eval: false

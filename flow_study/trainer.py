@@ -8,6 +8,7 @@ __all__ = ['make_loss_step', 'NonFiniteError', 'Signals', 'FlowTrainer', 'enviro
 # %% ../nbs/20_trainer.ipynb #17287fc8
 import logging, math, platform, signal, sys, threading, time
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from .device import device_record, pick_device
 from .draws import draw_key, keyed_generator
 from .early_stopping import EarlyStopping
 from .ema import EMAModel
+from .files import publish
 from .paths import create_flow
 from .rundir import FINAL, RunDir, read_metrics
 from .schedule import get_cosine_schedule_with_warmup
@@ -116,6 +118,7 @@ def _check(self:FlowTrainer):
     self.model.to(self.device)
     x = a.x[:2].to(self.device)
     try: v = self.model(x, torch.zeros(len(x), device=self.device))
+    except torch.OutOfMemoryError: raise
     except (RuntimeError, ValueError, TypeError) as e: raise DataError(f'the network does not take rows of {a.dim} numbers and times: {e}') from e
     if v.shape != x.shape: raise DataError(f'the network gives {tuple(v.shape)} for rows {tuple(x.shape)}, expected the same shape')
 
@@ -205,10 +208,14 @@ def _freeze_unless_finite(self:FlowTrainer, loss, norm):
 def _look(self:FlowTrainer):
     "Ask the device whether the run is still alive; the only question it is asked, once in `log_every` steps"
     if self.live.item(): return
-    step = self._live_steps.item()
-    raise NonFiniteError(f"the loss or its gradient is not finite at step {step + 1} (epoch {step//len(self.loader) + 1}, learning rate "
-                         f"{self.scheduler.base_lrs[0]*self.scheduler.lr_lambdas[0](step):.3g}). The weights are those before that step; "
-                         "try a lower learning rate (`--lr`), and look for extreme values in the data")
+    raise NonFiniteError(self._where('the loss or its gradient', self._live_steps.item() + 1) + 'The weights are those before that step; '
+                         'try a lower learning rate (`--lr`), and look for extreme values in the data')
+
+@patch
+def _where(self:FlowTrainer, what, step):
+    "That something is not finite at a step, counted from 1"
+    lr = self.scheduler.base_lrs[0]*self.scheduler.lr_lambdas[0](step - 1)
+    return f'{what} is not finite at step {step} (epoch {(step - 1)//len(self.loader) + 1}, learning rate {lr:.3g}). '
 
 # %% ../nbs/20_trainer.ipynb #4229bcdc
 @patch
@@ -277,12 +284,14 @@ def _end_epoch(self:FlowTrainer):
     epoch, c, line = self.current_epoch, self.config, dict(self._epoch_line)
     last, improved = epoch >= c.epochs, False
     if epoch % c.val_frequency == 0 or last:
-        self.final_val_loss = self.validate()
-        improved = self.early_stopping(self.final_val_loss)
-        if improved: self.best_epoch, self._best_rows = epoch, self.last_validation.per_row
-        line |= {'val/loss': self.final_val_loss, 'val/best_loss': self.best_val_loss,
-                 'patience_left': c.patience - self.early_stopping.counter}
-        if epoch % 10 == 0 or last or self.early_stopping.should_stop: line['val/raw_loss'] = self._measure(self.bank).mean
+        loss, stopping = self.validate(), copy(self.early_stopping)
+        if not math.isfinite(loss): raise NonFiniteError(self._where('the validation loss', self.global_step) + 'Look for extreme values in the data')
+        best = self.last_validation.per_row
+        improved = stopping(loss)
+        line |= {'val/loss': loss, 'val/best_loss': stopping.best_loss, 'patience_left': c.patience - stopping.counter}
+        if epoch % 10 == 0 or last or stopping.should_stop: line['val/raw_loss'] = self._measure(self.bank).mean
+        self.final_val_loss, self.early_stopping = loss, stopping
+        if improved: self.best_epoch, self._best_rows = epoch, best
     self._log(line, epoch)
     self._closed = epoch
     self._save(best=improved)
@@ -324,14 +333,18 @@ def environment(device)->dict:
                 threads=torch.get_num_threads(), processor=platform.processor() or platform.machine(), device=record['name'], device_type=record['type'])
 
 # %% ../nbs/20_trainer.ipynb #f109c7d2
-_may_differ = ('epochs', 'group', 'data_dir', 'checkpoint_dir', 'stats_path')
+_may_differ = ('epochs', 'group', 'name', 'data_dir', 'checkpoint_dir', 'stats_path')
+_needed = ('config', 'progress', 'data', 'environment', 'trackers', 'metrics_bytes')
 
 @patch
 def _restore(self:FlowTrainer):
     "Go on from a checkpoint"
     self.resume_path = path = find_checkpoint(self.resume_path, self.config.checkpoint_dir)
     state = read_checkpoint(path)
+    missing = [k for k in _needed if k not in state]
+    if missing: raise CheckpointError(path, f"is not one to go on from, it lacks {', '.join(missing)}; `load_model` reads its weights")
     if self.train_dataset.stats is not None: check_stats(path, state, self.train_dataset.stats)
+    elif state.get('stats') is not None: raise CheckpointError(path, f"its rows were normalized ({state['stats']['source']}), those in use are not")
     self._compare(path, state)
     restore_checkpoint(path, state, **{k: getattr(self, k) for k in ('model', 'ema', 'optimizer', 'early_stopping')})
     p = state['progress']
@@ -364,12 +377,16 @@ def _compare(self:FlowTrainer, path, state):
 @patch
 def train(self:FlowTrainer)->dict:
     "Train until the end of the run, or until patience runs out or a signal comes; gives the result, also a partial one"
-    self._setup()
+    if self.run_dir is not None and self.state == 'failed': self._distrust()
+    with self._naming_batch_size(): self._setup()
     if self.state in FINAL and self.current_epoch >= self.config.epochs or self.state == 'early_stopped': return self.result()
     self.signals.number = None
     with self.signals.noted():
-        self._open()
-        try: self._loop()
+        went_on = self._open()
+        try:
+            with self._naming_batch_size():
+                self._start(**went_on)
+                self._loop()
         except _Stopped: self.state = 'interrupted'
         except BaseException as e:
             self._fail(e)
@@ -386,23 +403,35 @@ def _loop(self:FlowTrainer):
         else: self.train_epoch()
         if self.state != 'running': return
 
-# %% ../nbs/20_trainer.ipynb #364da84e
 @patch
-def _open(self:FlowTrainer):
-    "Open the run directory, write what is known at the start, start the trackers"
-    path, from_here = self.config.run_dir, self.run_dir is not None
-    same = self.resume_path is not None and self.resume_path.absolute().parent == path.absolute()
-    self.run_dir = RunDir.resume(path) if from_here or same else RunDir.create(path)
-    try: self._write_start(keep_metrics=from_here, same=same)
-    except BaseException:
-        self.run_dir.close()
-        raise
+def _distrust(self:FlowTrainer):
+    "After a failure: set up again from the checkpoint on the disk, if there is one already"
+    if any((self.run_dir.path/name).exists() for name in ('last.pt', 'best.pt')): self.resume_path, self._ready = self.run_dir.path, False
+    self.run_dir = None
 
 @patch
-def _write_start(self:FlowTrainer, keep_metrics, same):
-    "The part of opening that can still fail, with the lock held"
+@contextmanager
+def _naming_batch_size(self:FlowTrainer):
+    "GPU memory that runs out, as an error that says what can be done"
+    try: yield
+    except torch.OutOfMemoryError as e: raise RuntimeError(f'out of GPU memory with batch_size={self.config.batch_size}: try a smaller `--batch-size`') from e
+
+# %% ../nbs/20_trainer.ipynb #364da84e
+@patch
+def _open(self:FlowTrainer)->dict: # How this run goes on: in memory, or from a checkpoint of the same directory
+    "Open the run directory; from here on the lock is held"
+    path, from_here = self.config.run_dir, self.run_dir is not None
+    same = self.resume_path is not None and self.resume_path.absolute().parent == path.absolute()
+    self._writer, self._started = None, []
+    self.run_dir = RunDir.resume(path) if from_here or same else RunDir.create(path)
+    return dict(from_here=from_here, same=same)
+
+@patch
+def _start(self:FlowTrainer, from_here, same):
+    "Write what is known at the start, start the trackers"
     run = self.run_dir
-    if same and not keep_metrics: run.rewind(self.metrics_bytes, self.resume_path.name)
+    if not from_here and same: run.rewind(self.metrics_bytes, self.resume_path.name)
+    if not from_here and not same and self.resume_path is not None: self._take_best_along()
     run.write('config.json', self.config.to_dict())
     if self.yardsticks is None: self.yardsticks = yardsticks(self.train_dataset, self.val_dataset, self.flow, self.bank)
     run.write('yardsticks.json', self.yardsticks.to_dict())
@@ -413,10 +442,18 @@ def _write_start(self:FlowTrainer, keep_metrics, same):
         best_val_loss=self.best_val_loss, reason=None, verdict=None)
     self._listeners = [RunDirTracker(run), *self.trackers]
     self._writer = CheckpointWriter(run.path, before=run.sync)
-    for t in self.trackers: t.start(self._about())
+    for t in self.trackers:
+        self._started.append(t)
+        t.start(self._about())
     for line in self._early_lines: [t.log(line) for t in self._listeners]
     self._early_lines = []
     self._save(now=True)
+
+@patch
+def _take_best_along(self:FlowTrainer):
+    "A run that goes on in another directory needs the best checkpoint there too"
+    best = self.resume_path.with_name('best.pt')
+    if self.best_epoch and best.is_file(): publish(self.run_dir.path/'best.pt', best.read_bytes())
 
 # %% ../nbs/20_trainer.ipynb #103febf2
 @patch
@@ -476,7 +513,6 @@ def _close(self:FlowTrainer)->dict:
         raise
     self._elapsed = self.elapsed_seconds
     self.run_dir.close()
-    _logger.info('%s', result['verdict'])
     if self.interactive and self._best_rows is not None: self.plot_verdict()
     return result
 
@@ -484,12 +520,10 @@ def _close(self:FlowTrainer)->dict:
 def _fail(self:FlowTrainer, e):
     "Say in every place why the run failed; errors on the way must not hide the first one"
     self.state, self.reason = 'failed', f'{type(e).__name__}: {e}'
-    for last_wish in (self._writer.join, *(lambda t=t: t.finish(self.result()) for t in self.trackers),
+    for last_wish in (self._writer and self._writer.join, *(lambda t=t: t.finish(self.result()) for t in self._started),
                       lambda: self.run_dir.set_status(state='failed', reason=self.reason), self.run_dir.close):
-        try: last_wish()
+        try: last_wish and last_wish()
         except Exception as also: _logger.warning('while ending a failed run: %s', also)
-    if isinstance(e, torch.OutOfMemoryError):
-        raise RuntimeError(f'out of GPU memory with batch_size={self.config.batch_size}: try a smaller `--batch-size`') from e
 
 # %% ../nbs/20_trainer.ipynb #782bc413
 @patch

@@ -1,5 +1,7 @@
 """What all tests share: one thread, so that sums come out the same everywhere, and the data and devices some of them need."""
 import os
+import shutil
+import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -35,6 +37,73 @@ def ci_tool():
         spec.loader.exec_module(module)
         return module
     return load
+
+
+@pytest.fixture(scope='session')
+def small_data(tmp_path_factory):
+    "A folder with `study/datasets`: 1,000 rows of 32 numbers, in splits, and their statistics"
+    import torch
+    from flow_study.data import make_splits, save_splits
+    from flow_study.draws import keyed_generator
+    folder = tmp_path_factory.mktemp('small')
+    gen = keyed_generator(0, 'tests')
+    latent, mix, noise = (torch.randn(*shape, generator=gen) for shape in ((1050, 10), (10, 32), (1050, 32)))
+    rows = latent@mix + 0.3*noise # correlated, so that there is something to learn
+    save_splits(make_splits(rows, sizes=('1k',)), folder/'study/datasets')
+    return folder
+
+
+@pytest.fixture
+def place(small_data, tmp_path, monkeypatch):
+    "A fresh folder with a copy of `small_data`, in which the test runs, without W&B and GPU"
+    shutil.copytree(small_data, tmp_path/'place')
+    monkeypatch.chdir(tmp_path/'place')
+    for k, v in dict(WANDB_MODE='disabled', CUDA_VISIBLE_DEVICES='').items(): monkeypatch.setenv(k, v)
+    return tmp_path/'place'
+
+
+@pytest.fixture
+def script(place):
+    "Start the training script in a process, which ends with the test at the latest"
+    from faults import Script
+    started = []
+    def start(*options, **kwargs):
+        started.append(Script(*options, **kwargs))
+        return started[-1]
+    yield start
+    for s in started: s.close()
+
+
+@pytest.fixture
+def train_main(place, capsys):
+    "Call the script's `main` in this process; gives exit code, standard output and standard error"
+    import logging, warnings
+    from flow_study.train import main
+    package, show = logging.getLogger('flow_study'), warnings.showwarning
+    before = package.handlers[:], package.level, package.propagate
+    def call(*options):
+        capsys.readouterr()
+        try: code = main([str(o) for o in options])
+        except SystemExit as e: code = e.code
+        return code, *capsys.readouterr()
+    yield call
+    warnings.showwarning = show
+    package.handlers[:], package.level, package.propagate = before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "Mount a file system of some bytes in memory; gives its folder"
+    mounted = []
+    def mount(size):
+        path = tmp_path/f'disk-{len(mounted)}'
+        path.mkdir()
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', path], capture_output=True, text=True)
+        if done.returncode: pytest.skip(f'cannot mount a small disk: {done.stderr.strip()}')
+        mounted.append(path)
+        return path
+    yield mount
+    for path in mounted: subprocess.run(['umount', '-l', path], check=True)
 
 
 def pytest_runtest_setup(item):
