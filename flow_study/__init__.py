@@ -18,6 +18,7 @@ _public = {
     'checkpoint': 'CheckpointError get_checkpoint_path load_checkpoint load_checkpoint_with_stats_check load_model save_checkpoint',
     'device': 'GPUError choose_gpu gpu_readings list_gpus pick_device set_seed verify_gpu',
     'rundir': 'RunDirError RunLockedError read_metrics read_status request',
+    'runs': 'list_runs prune_runs',
     'tracking': 'ProgressTracker Tracker WandbTracker',
     'trainer': 'FlowTrainer NonFiniteError',
 }

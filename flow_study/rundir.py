@@ -7,7 +7,7 @@ __all__ = ['HEARTBEAT_SECONDS', 'FINAL', 'STATES', 'REQUESTS', 'process_start', 
            'RunLockedError', 'acquire_lock', 'read_status', 'read_metrics', 'RunDir', 'archive', 'request']
 
 # %% ../nbs/17_rundir.ipynb #794a3aa1
-import json, os, shutil, socket, time
+import json, os, re, shutil, socket, time
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -172,8 +172,7 @@ class RunDir:
         self = cls(path, lock, before.get('generation', 1) + 1)
         self.status = before
         shutil.rmtree(path/'requests', ignore_errors=True)  # what was asked of the process that is gone, it can no longer do
-        for name in ('last.pt', 'best.pt'):  # what it was writing when it was killed
-            for p in path.glob(f'.{name}.*.tmp'): p.unlink(missing_ok=True)
+        for p in path.glob('.*.tmp'): p.unlink(missing_ok=True)  # what it was writing when it was killed
         return self
 
 # %% ../nbs/17_rundir.ipynb #b0cd4697
@@ -185,9 +184,10 @@ def _make(path):
 def archive(
     path # Run directory
 )->Path: # Its new place
-    "Move a run directory aside, to the first free `{name}.archived-N`"
-    path, n = Path(path), 1
-    while (new := path.with_name(f'{path.name}.archived-{n}')).exists(): n += 1
+    "Move a run directory aside, to `{name}.archived-N`, one above the highest number that is there"
+    path, old = Path(path), re.compile(re.escape(Path(path).name) + r'\.archived-(\d+)')
+    n = 1 + max((int(m[1]) for p in path.absolute().parent.iterdir() if (m := old.fullmatch(p.name))), default=0)
+    new = path.with_name(f'{path.name}.archived-{n}')
     path.rename(new)
     return new
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from .config import bad_value
 from .console import Parser, complain, setup_logging
 from .files import to_json
-from .rundir import RunLockedError, _read_json, _refuse_live, acquire_lock, read_metrics, read_status
+from .rundir import RunLockedError, _refuse_live, acquire_lock, read_metrics, read_status
 
 # %% ../nbs/18_runs.ipynb #9453c9cb
 _files = ('config.json', 'status.json', 'metrics.jsonl', 'last.pt', 'best.pt')
@@ -112,7 +112,7 @@ def _has_good_checkpoint(path):
 # %% ../nbs/18_runs.ipynb #991ece0c
 def _fates(checkpoint_dir, archived, keep):
     "For the archived directories of one run, the newest first: why each is kept, or None"
-    fates = ['kept: in use' if r['locked'] else f'kept: one of the {keep} newest' if i < keep else None for i, r in enumerate(archived)]
+    fates = ['kept: in use' if r['locked'] else f'kept: among the {keep} newest' if i < keep else None for i, r in enumerate(archived)]
     if None not in fates or _has_good_checkpoint(Path(checkpoint_dir)/archived[0]['run']): return fates
     good = next((i for i, r in enumerate(archived) if _has_good_checkpoint(Path(r['path']))), None)
     if good is not None: fates[good] = fates[good] or 'kept: the last good checkpoint of this run'

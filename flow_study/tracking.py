@@ -6,7 +6,7 @@
 __all__ = ['MODES', 'Tracker', 'Guarded', 'RunDirTracker', 'ProgressTracker', 'in_notebook', 'wandb_mode', 'WandbTracker']
 
 # %% ../nbs/19_tracking.ipynb #a6f8e93c
-import logging, math, os, sys, time, uuid
+import logging, math, os, sys, threading, time, uuid
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -41,6 +41,11 @@ class Tracker:
     def load_state_dict(self, state:dict): "Go on from a state; called before `start`"
 
 # %% ../nbs/19_tracking.ipynb #c496c2c9
+def _one_line(e):
+    "An error as part of a line"
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300].rstrip('.')}"
+
+# %% ../nbs/19_tracking.ipynb #aade87de
 class Guarded(Tracker):
     "A tracker whose errors end its tracking, not the run"
     def __init__(self, tracker:Tracker):
@@ -51,8 +56,7 @@ class Guarded(Tracker):
         try: return getattr(self.tracker, method)(*args)
         except Exception as e:
             self.broken = True
-            _logger.warning('%s stopped tracking at %s: %s: %s. Training goes on, the run directory is complete',
-                            self.name, method, type(e).__name__, e)
+            _logger.warning('%s stopped tracking at %s: %s. Training goes on, the run directory is complete', self.name, method, _one_line(e))
 
     def start(self, run): self.broken = False; self._call('start', run)
     def log(self, metrics): self._call('log', metrics)
@@ -124,19 +128,26 @@ def wandb_mode(
     "Online when there is a key to log in with, else offline; never a prompt"
     asked = mode or os.environ.get('WANDB_MODE')
     if asked and asked not in MODES: raise bad_value('wandb mode', asked, f"one of {', '.join(MODES)}")
-    if asked in ('offline', 'disabled') or _has_key(): return asked or 'online'
-    _logger.info('W&B: no key found, so this run is tracked offline (`wandb login` for online, `--wandb-mode disabled` for neither)')
+    if asked in ('offline', 'disabled'): return asked
+    why = _why_no_login()
+    if why is None: return 'online'
+    _logger.info('W&B: %s, so this run is tracked offline (`wandb login` for online, `--wandb-mode disabled` for neither)', why)
     return 'offline'
 
-def _has_key():
-    "Whether W&B could log in without asking anybody"
-    import netrc
-    if os.environ.get('WANDB_API_KEY'): return True
-    host = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai').split('://')[-1].split('/')[0].split(':')[0]
-    try: return host in netrc.netrc(os.environ.get('NETRC')).hosts
-    except (OSError, netrc.NetrcParseError): return False
-
 # %% ../nbs/19_tracking.ipynb #3c69c686
+def _import_wandb():
+    "W&B; silent, and without its own error reporting, which at the end of the process may wait 20 s for its server"
+    for name, value in (('WANDB_ERROR_REPORTING', 'false'), ('WANDB_SILENT', 'true')): os.environ.setdefault(name, value)
+    import wandb
+    return wandb
+
+def _why_no_login():
+    "Why W&B could not log in without asking anybody; None if it can"
+    wandb = _import_wandb()
+    try: return None if wandb.login(prompt=False, verify=False) else 'no key found'
+    except wandb.errors.Error as e: return _one_line(e)
+
+# %% ../nbs/19_tracking.ipynb #9390accd
 class WandbTracker(Tracker):
     "Mirrors a run to Weights & Biases, online or offline"
     name = 'wandb'
@@ -145,7 +156,7 @@ class WandbTracker(Tracker):
         project:str='flow-matching-study', # Project in W&B
         mode:str=None, # `online`, `offline` or `disabled`; decided by whether there is a key
         upload:bool=False, # Upload the best checkpoint; by default W&B gets its path and digest
-        timeout:float=20., # Seconds that starting, and finishing, may take
+        timeout:float=20., # Seconds that starting, and finishing, may take; an upload may take 30 times as long
     ):
         if mode is not None and mode not in MODES: raise bad_value('wandb mode', mode, f"one of {', '.join(MODES)}")
         self.project, self.mode, self.upload, self.timeout = project, mode, upload, timeout
@@ -154,7 +165,20 @@ class WandbTracker(Tracker):
     def state_dict(self): return dict(id=self.id)
     def load_state_dict(self, state): self.id = state['id']
 
-# %% ../nbs/19_tracking.ipynb #bf3f09af
+# %% ../nbs/19_tracking.ipynb #6803565f
+def _within(seconds, action):
+    "Do something that may hang; raises `TimeoutError` when it takes longer than it may"
+    errors = []
+    def work():
+        try: action()
+        except Exception as e: errors.append(e)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive(): raise TimeoutError(f'no answer within {seconds:g} s')
+    if errors: raise errors[0]
+
+# %% ../nbs/19_tracking.ipynb #2ad90c53
 @patch
 def start(self:WandbTracker, run):
     "Open the W&B run of this id, or go on with it"
@@ -162,45 +186,74 @@ def start(self:WandbTracker, run):
     if mode == 'disabled': return
     try: self.run = self._init(run, mode)
     except Exception as e:
+        self._give_up()
         if mode == 'offline': raise
-        _logger.warning('W&B cannot be reached (%s); this run is tracked offline', e)
+        _logger.warning('W&B cannot be reached (%s); this run is tracked offline', _one_line(e))
         self.run = self._init(run, 'offline')
-    self.run.define_metric('global_step', hidden=True)
-    self.run.define_metric('*', step_metric='global_step')
-    for k in ('train/epoch_loss', 'val/loss', 'val/raw_loss'): self.run.define_metric(k, step_metric='global_step', summary='min')
+    self._define()
 
+@patch
+def _give_up(self:WandbTracker):
+    "End the service of W&B, whatever state it is in"
+    self.run = None
+    try: _within(self.timeout, _import_wandb().teardown)
+    except Exception as e: _logger.debug('W&B: %s', _one_line(e))
+
+# %% ../nbs/19_tracking.ipynb #f7448bdf
 @patch
 def _init(self:WandbTracker, run, mode):
     "Call W&B with everything said that it would otherwise guess, ask or wait for"
-    import wandb
-    limits = dict(init_timeout=self.timeout, finish_timeout=self.timeout, login_timeout=int(self.timeout))
+    wandb = _import_wandb()
+    limits = dict(init_timeout=self.timeout, finish_timeout=self.timeout*(30 if self.upload else 1), finish_timeout_raises=True)
     settings = wandb.Settings(silent=True, console='off', disable_git=True, save_code=False, **limits)
     return wandb.init(project=self.project, id=self.id, name=run['run_name'], group=run['config']['group'], config=run['config'],
                       dir=run['run_dir'], mode=mode, resume='allow' if mode == 'online' else None, reinit='create_new', settings=settings,
                       tags=['off-protocol'] if run['overrides'] else None)
 
-# %% ../nbs/19_tracking.ipynb #9390accd
+# %% ../nbs/19_tracking.ipynb #1ff4b155
+@patch
+def _define(self:WandbTracker):
+    "Say what metrics are drawn against, and which of their values count"
+    self.run.define_metric('global_step', hidden=True)
+    self.run.define_metric('*', step_metric='global_step')
+    for k in ('train/loss', 'train/epoch_loss', 'val/loss', 'val/raw_loss'): self.run.define_metric(k, step_metric='global_step', summary='min')
+
+# %% ../nbs/19_tracking.ipynb #0c8c9ed2
 @patch
 def log(self:WandbTracker, metrics):
     "One line, against the step of the run"
-    if self.run: self.run.log({('global_step' if k == 'step' else k): v for k, v in metrics.items()})
+    if self.run: self._do(lambda: self.run.log({('global_step' if k == 'step' else k): v for k, v in metrics.items()}))
 
 @patch
 def finish(self:WandbTracker, result):
     "Summary, tags, the best checkpoint as an artifact; then end within the time limit"
-    if not self.run: return
-    run, self.run = self.run, None
-    if result['state'] == 'failed': run.tags, run.notes = (*(run.tags or ()), 'failed'), result['reason']
-    run.summary.update({k: result[v] for k, v in (('final_epoch', 'epochs_run'), ('best_val_loss',)*2, ('checkpoint_path',)*2, ('verdict',)*2)})
-    if result['checkpoint_path'] and result['state'] in ('finished', 'early_stopped'): self._artifact(run, result)
-    run.finish(exit_code=int(result['state'] == 'failed'))
+    if self.run: self._do(lambda: self._finish(result))
+    self.run = None
 
 @patch
-def _artifact(self:WandbTracker, run, result):
+def _do(self:WandbTracker, action):
+    "Do something; give up where that fails"
+    try: action()
+    except Exception:
+        self._give_up()
+        raise
+
+# %% ../nbs/19_tracking.ipynb #97e7002e
+@patch
+def _finish(self:WandbTracker, result):
+    "What `finish` does, unguarded"
+    run, failed = self.run, result['state'] == 'failed'
+    if failed: run.tags, run.notes = (*(run.tags or ()), 'failed'), result['reason']
+    run.summary.update({k: result[v] for k, v in (('final_epoch', 'epochs_run'), ('best_val_loss',)*2, ('checkpoint_path',)*2, ('verdict',)*2)})
+    try:
+        if result['checkpoint_path'] and result['state'] in ('finished', 'early_stopped'): _within(self.timeout, lambda: self._artifact(result))
+    finally: run.finish(exit_code=int(failed))
+
+@patch
+def _artifact(self:WandbTracker, result):
     "The best checkpoint: its path and digest, or the file itself"
-    import wandb
     path = Path(result['checkpoint_path']).absolute()
-    artifact = wandb.Artifact(f'{run.id}-best', type='model', metadata=dict(best_val_loss=result['best_val_loss']))
+    artifact = _import_wandb().Artifact(f'{self.run.id}-best', type='model', metadata=dict(best_val_loss=result['best_val_loss']))
     if self.upload: artifact.add_file(str(path))
     else: artifact.add_reference(path.as_uri())
-    run.log_artifact(artifact)
+    self.run.log_artifact(artifact)
