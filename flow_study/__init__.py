@@ -16,6 +16,7 @@ _public = {
     'ema': 'EMAModel',
     'schedule': 'get_cosine_schedule_with_warmup',
     'checkpoint': 'CheckpointError get_checkpoint_path load_checkpoint load_checkpoint_with_stats_check load_model save_checkpoint',
+    'sampling': 'SolverError cfg_zero_star guided log_likelihood make_pairs nearest_texts read_pairs sample shifted_grid solve uniform_grid',
     'device': 'GPUError choose_gpu gpu_readings list_gpus pick_device set_seed verify_gpu',
     'rundir': 'RunDirError RunLockedError read_metrics read_status request',
     'runs': 'list_runs prune_runs',

@@ -182,7 +182,8 @@ def _fill(self:FlowDataset, x, stats, return_normalized, texts, indices, name):
         if values is not None and len(values) != n: raise DataError(f'{name} has {n} rows but {len(values)} {what}')
     self.name, self.stats, self.texts, self.indices = name, stats, texts, indices
     self.fingerprint = hashlib.sha256(f'{n}x{d}:'.encode() + x.contiguous().numpy().tobytes()).hexdigest()
-    self.x = stats.normalize(x) if stats is not None and return_normalized else x
+    self.normalized = stats is not None and return_normalized
+    self.x = stats.normalize(x) if self.normalized else x
 
 # %% ../nbs/04_data.ipynb #26b5be00
 @patch
