@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .config import unknown_name
+from .config import bad_value, unknown_name
 
 # %% ../nbs/07_augment.ipynb #6635c5ab
 def mixup(
@@ -43,6 +43,7 @@ def drop_out(
 
 # %% ../nbs/07_augment.ipynb #c5b586d0
 _kinds = {'mixup': mixup, 'noise': add_noise, 'dropout': drop_out}
+_strengths = {'mixup_share': ('mixup', 'max_share'), 'noise_std': ('noise', 'std'), 'dropout_p': ('dropout', 'p')}
 
 def register_augment(
     name:str, # The name used in configs, without `+`
@@ -55,12 +56,22 @@ def register_augment(
 # %% ../nbs/07_augment.ipynb #3bd605fd
 def create_augment(
     name:str, # `none`, or names joined by `+`
+    **strengths # `mixup_share`, `noise_std`, `dropout_p`: the fields of the config; by default the functions' own
 ): # Function (x1, generator) -> x1
     "The augmentation of this name; an unknown name raises `ValueError` and lists the known ones"
     names = [] if name == 'none' else name.split('+')
     for n in names:
         if n not in _kinds: raise unknown_name('augmentation', n, ['none', *_kinds])
-    return partial(_apply, [_kinds[n] for n in names])
+    for k in strengths:
+        if k not in _strengths: raise unknown_name('strength', k, _strengths)
+    return partial(_apply, [_strong(n, strengths) for n in names])
+
+def _strong(name, strengths):
+    "The augmentation of one name with its strengths"
+    own = {arg: strengths[k] for k, (kind, arg) in _strengths.items() if kind == name and k in strengths}
+    for k, v in own.items():
+        if not v >= 0: raise bad_value(k, v, 'a number that is not negative')
+    return partial(_kinds[name], **own) if own else _kinds[name]
 
 def _apply(kinds, x1, generator):
     "One kind after the other"

@@ -232,7 +232,7 @@ def load_model(
     checkpoint, # A checkpoint file, or a run directory with a `best.pt`
     model:torch.nn.Module=None, # The network, if it was not made by `create_model`
     device='cpu', # Where it is needed
-)->torch.nn.Module: # In eval mode, with `config` and `stats` as attributes
+)->torch.nn.Module: # In eval mode, with `config`, `stats` and `flow_state` as attributes
     "The averaged network of a checkpoint, ready to use"
     path = Path(checkpoint)/'best.pt' if Path(checkpoint).is_dir() else Path(checkpoint)
     state = read_checkpoint(path)
@@ -243,6 +243,7 @@ def load_model(
     model.load_state_dict({**model.state_dict(), **state['ema']['params'], **_persistent(model, state['ema']['buffers'])})
     model.config = TrainingConfig.from_dict(state['config']) if state.get('config') else None
     model.stats = NormalizationStats.from_state_dict(state['stats']) if state.get('stats') else None
+    model.flow_state = state.get('flow')  # for `build_flow`: what the flow had fitted to the rows
     return model.to(device).eval().requires_grad_(False)
 
 def _persistent(model, buffers):

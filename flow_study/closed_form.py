@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ClosedForm', 'ZeroVelocity', 'GaussianVelocity', 'UnitGaussianVelocity', 'principal_axes', 'expected_loss', 'shrunk',
            'choose_shrinkage', 'ShrunkGaussianVelocity', 'some_rows', 'MemoriserVelocity', 'ValidationBank',
-           'HeldOutLoss', 'held_out_loss', 'Yardsticks', 'yardsticks', 'Verdict', 'paired_gain', 'verdict',
-           'plot_yardsticks']
+           'HeldOutLoss', 'held_out_loss', 'LossByTime', 'loss_by_t', 'Yardsticks', 'yardsticks', 'how_to_read',
+           'Verdict', 'paired_gain', 'verdict', 'plot_yardsticks']
 
 # %% ../nbs/08_closed_form.ipynb #52c9e63e
 import math
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 
+from .config import bad_value
 from .data import DataError, FlowDataset
 from .draws import keyed_generator
-from .paths import create_flow, linear
+from .paths import create_flow, independent_coupling, linear
 
 # %% ../nbs/08_closed_form.ipynb #5962466e
 class ClosedForm(nn.Module):
@@ -185,15 +186,18 @@ class ValidationBank:
     "Fixed training examples made from held-out rows"
     def __init__(self,
         dataset:FlowDataset, # Held-out rows
-        flow, # A `Flow`, for source, coupling and interpolant; times are uniform
+        flow, # A `Flow`, for source, coupling and path; times are uniform
         draws:int=None, # Examples a row; by default about 1,000 in all
         stream:str='bank', # Another stream gives a bank that shares no draw with this one
-        block:int=1024, # Examples evaluated at a time
+        block:int=1024, # Examples evaluated, and coupled, at a time
+        seen:bool=False, # The rows are training rows: of a flow's own pairs, take those trained on
     ):
-        self.x, self.flow, self.stream, self.block = dataset.x, flow, stream, block
-        self.draws = draws or max(1, -(-1000//len(dataset)))
-        self.row, self.t = _stratified(len(dataset), self.draws, keyed_generator(0, f'{stream}/t'))
-        self._kept = list(self._blocks()) if len(self.row)*dataset.dim <= 2**26 else None  # up to half a gigabyte
+        self.flow, self.stream, self.block = flow, stream, block
+        self.x0, self.x = (None, dataset.x) if flow.pairs is None else _pairs_of(flow, dataset, seen)
+        flow.check(self.x)
+        self.draws = draws or max(1, -(-1000//len(self.x)))
+        self.row, self.t = _stratified(len(self.x), self.draws, keyed_generator(0, f'{stream}/t'))
+        self._kept = list(self._blocks()) if self.row.numel()*dataset.dim <= 2**26 else None  # up to half a gigabyte
 
     def __len__(self): return len(self.row)
 
@@ -204,6 +208,12 @@ class ValidationBank:
         return self
 
 # %% ../nbs/08_closed_form.ipynb #1da28704
+def _pairs_of(flow, dataset, seen):
+    "x0 and x1 of the pairs that a flow brings, at most as many trained on as are held out"
+    held, pairs = flow.pairs.part(True), flow.pairs.part(not seen)
+    if held[1].shape[1] != dataset.dim: raise DataError(f'pairs have vectors of {held[1].shape[1]} numbers, {dataset.name} of {dataset.dim}')
+    return tuple(x[:len(held[0])].cpu() for x in pairs)
+
 def _stratified(n, draws, generator):
     "Row number and time of each example: draw j of a row lies in part j of [0, 1], at a place that no other row has"
     place = torch.stack([torch.randperm(n, generator=generator) for _ in range(draws)])
@@ -216,9 +226,9 @@ def _blocks(self:ValidationBank):
     "The examples, a block at a time; each block's noise has its own key, so that memory does not bound the bank"
     for k, (row, t) in enumerate(zip(self.row.split(self.block), self.t.split(self.block))):
         x1 = self.x[row].cpu()  # drawn on the CPU whatever the device: the dice are the same everywhere
-        x0 = self.flow.source(x1, keyed_generator(0, f'{self.stream}/x0', k))
-        x_t, u_t = self.flow.at(self.flow.coupling(x0, x1), x1, t.cpu())
-        yield tuple(x.to(self.x.device) for x in (t, x_t, u_t))
+        x0 = None if self.x0 is None else self.x0[row.cpu()]
+        draws = self.flow.draw(x1, keyed_generator(0, f'{self.stream}/x0', k), t=t.cpu(), x0=x0)
+        yield tuple(x.to(self.x.device) for x in (draws.t, *self.flow.example(x1, draws)))
 
 @patch
 def __iter__(self:ValidationBank): # Blocks of `t` (b,), `x_t` (b, d), `u_t` (b, d)
@@ -251,45 +261,83 @@ def held_out_loss(
 
 # %% ../nbs/08_closed_form.ipynb #d1dd7b9f
 @dataclass(frozen=True, eq=False)
+class LossByTime:
+    "A loss per dimension in equal parts of [0, 1]"
+    t:torch.Tensor # (bins,) middles of the parts
+    loss:torch.Tensor # (bins,) float64, mean over the examples of a part; NaN where there are none
+    se:torch.Tensor # (bins,) standard error of the mean over examples
+    n:torch.Tensor # (bins,) examples
+
+    def __repr__(self): return '\n'.join(f't {t:.2f}  {l:10.4f} ± {s:.4f}' for t, l, s in zip(*(x.tolist() for x in (self.t, self.loss, self.se))))
+
+@torch.no_grad()
+def loss_by_t(
+    velocity, # Function of x (b, d) and t (b,), a network or a closed form
+    bank:ValidationBank, # What to measure on
+    bins:int=10, # Parts of [0, 1]
+)->LossByTime:
+    "The mean squared error of a velocity on a bank, by the time of the example"
+    if type(bins) is not int or bins < 1: raise bad_value('bins', bins, 'a whole number, at least 1')
+    t, errors = zip(*((t, (velocity(x_t, t).float() - u_t).square().mean(1)) for t, x_t, u_t in bank))
+    part, e = (torch.cat(t)*bins).long().clamp(max=bins - 1).cpu(), torch.cat(errors).double().cpu()
+    n = part.bincount(minlength=bins)
+    mean = torch.zeros(bins, dtype=e.dtype).index_add(0, part, e)/n
+    spread = torch.zeros(bins, dtype=e.dtype).index_add(0, part, (e - mean[part]).square())
+    return LossByTime((torch.arange(bins) + 0.5)/bins, mean, (spread/(n - 1)/n).sqrt(), n)
+
+# %% ../nbs/08_closed_form.ipynb #a38bb24d
+@dataclass(frozen=True, eq=False)
 class Yardsticks:
     "The held-out losses of the closed forms"
     losses:dict # Name to `HeldOutLoss`, from the simplest belief to the strongest
-    shrinkage:float # Of the shrunk Gaussian, chosen on training rows
+    shrinkage:float # Of the shrunk Gaussian, chosen on training rows; `None` where there is none
+    note:str='' # How the closed forms are to be read for this flow
 
     def __getitem__(self, name)->HeldOutLoss: return self.losses[name]
+    def __contains__(self, name)->bool: return name in self.losses
 
     def to_dict(self)->dict:
         "As plain JSON values"
-        return dict(shrinkage=self.shrinkage, **{k: dict(loss=v.mean, se=v.se, per_row=v.per_row.tolist()) for k, v in self.losses.items()})
+        return dict(shrinkage=self.shrinkage, note=self.note, **{k: dict(loss=v.mean, se=v.se, per_row=v.per_row.tolist()) for k, v in self.losses.items()})
 
     @classmethod
     def from_dict(cls, d:dict):
         "From the values of `to_dict`"
-        losses = {k: HeldOutLoss(torch.tensor(v['per_row'], dtype=torch.float64)) for k, v in d.items() if k != 'shrinkage'}
-        return cls(losses, d['shrinkage'])
+        losses = {k: HeldOutLoss(torch.tensor(v['per_row'], dtype=torch.float64)) for k, v in d.items() if k not in ('shrinkage', 'note')}
+        return cls(losses, d['shrinkage'], d.get('note', ''))
 
-    def __repr__(self): return '\n'.join(f'{k:16}{v.mean:12.4f} ± {v.se:.4f}' for k, v in self.losses.items())
+    def __repr__(self): return '\n'.join([f'{k:16}{v.mean:12.4f} ± {v.se:.4f}' for k, v in self.losses.items()] + [self.note]*bool(self.note))
 
-# %% ../nbs/08_closed_form.ipynb #ecdc69a8
+# %% ../nbs/08_closed_form.ipynb #c33947c0
 def yardsticks(
     train:FlowDataset, # Rows to fit on
     val:FlowDataset, # Rows to measure on
-    flow=None, # A `Flow` with an affine interpolant; `icfm` by default
+    flow=None, # A `Flow`; `icfm` by default
     bank:ValidationBank=None, # What to measure on, instead of a new bank over `val`
 )->Yardsticks:
-    "Fit the closed forms on training rows, measure them on held-out ones"
+    "Fit the closed forms that exist for a flow on training rows, measure them on held-out ones"
     flow = flow or create_flow('icfm')
     bank = bank or ValidationBank(val, flow)
     kinds = dict(zero=ZeroVelocity, unit_gaussian=UnitGaussianVelocity, shrunk_gaussian=ShrunkGaussianVelocity, memoriser=MemoriserVelocity)
-    fitted = {k: kind.fit(train.x.cpu(), flow.interpolant).to(bank.x.device) for k, kind in kinds.items()}
-    return Yardsticks({k: held_out_loss(v, bank) for k, v in fitted.items()}, fitted['shrunk_gaussian'].shrinkage)
+    if flow.marginal is None: kinds = dict(zero=ZeroVelocity)
+    fitted = {k: kind.fit(train.x.cpu(), flow.marginal).to(bank.x.device) for k, kind in kinds.items()}
+    return Yardsticks({k: held_out_loss(v, bank) for k, v in fitted.items()}, getattr(fitted.get('shrunk_gaussian'), 'shrinkage', None), how_to_read(flow))
 
-# %% ../nbs/08_closed_form.ipynb #29cb4b23
+def how_to_read(
+    flow # A `Flow`
+)->str: # Empty where the formulas are optimal for what they believe
+    "What closed forms mean for a flow"
+    if flow.interpolant is None: return f'no closed form but zero: the path of {flow.name} is not affine'
+    if flow.marginal is None: return 'no closed form but zero: the source is not N(0, I)'
+    if flow.pairs is None and flow.coupling is independent_coupling: return ''
+    return f'the closed forms believe in independent ends, which {flow.name} does not have: a bar, not an optimum'
+
+# %% ../nbs/08_closed_form.ipynb #06d16876
 @dataclass(frozen=True)
 class Verdict:
     "Whether a run learned anything, in one sentence"
     text:str # The sentence
-    gain:float # Shrunk Gaussian's loss less the run's, mean over rows
+    gain:float # Loss of the shrunk Gaussian (of zero, where it does not exist) less the run's, mean over rows
     half_width:float # Of the 95 % interval of the gain
 
     def __str__(self): return self.text
@@ -299,27 +347,38 @@ def paired_gain(reference:HeldOutLoss, run:HeldOutLoss)->tuple: # mean, half wid
     d = HeldOutLoss(reference.per_row - run.per_row)
     return d.mean, 1.96*d.se
 
-# %% ../nbs/08_closed_form.ipynb #f5ff39dc
+# %% ../nbs/08_closed_form.ipynb #aba4d7a6
 def verdict(
     run:HeldOutLoss, # The run's loss on the bank of the yardsticks
     ys:Yardsticks, # The closed forms
     train_loss:float=None, # The run's loss on a bank of its training rows; without it memorising is not told from failing
 )->Verdict:
     "What the run is worth, beside what needs no training"
-    gain, half = paired_gain(ys['shrunk_gaussian'], run)
+    reference = 'shrunk_gaussian' if 'shrunk_gaussian' in ys else 'zero'
+    gain, half = paired_gain(ys[reference], run)
+    if reference == 'zero': return Verdict(_against_zero(run.mean, ys['zero'].mean, half, train_loss, ys.note), gain, half)
     zero, unit, gaussian = (ys[k].mean for k in ('zero', 'unit_gaussian', 'shrunk_gaussian'))
     return Verdict(_sentence(run.mean, zero, unit, gaussian, gain, half, train_loss), gain, half)
 
+# %% ../nbs/08_closed_form.ipynb #6fee1b7d
 def _sentence(loss, zero, unit, gaussian, gain, half, train_loss):
     "The first sentence that is true"
     size = f'{abs(gain):.4f} ± {half:.4f}'
     if not math.isfinite(loss): return 'diverged: the loss is not finite'
-    if loss >= unit:
-        if train_loss is not None and train_loss < gaussian: return f'memorises: {train_loss:.4f} on training rows, {loss:.4f} on held-out ones'
-        if zero - loss < 0.05*(zero - unit): return f'not trained: {loss:.4f}, where predicting zero gives {zero:.4f}'
-        return f'worse than the unit Gaussian by {loss - unit:.4f}'
+    if loss >= min(unit, zero) and train_loss is not None and train_loss < gaussian: return f'memorises: {train_loss:.4f} on training rows, {loss:.4f} on held-out ones'
+    bar = unit if unit < 0.99*zero else gaussian
+    if zero - loss < 0.05*(zero - bar) or loss >= zero: return f'not trained: {loss:.4f}, where predicting zero gives {zero:.4f}'
+    if loss >= unit: return f'worse than the unit Gaussian by {loss - unit:.4f}'
     if abs(gain) <= half or math.isnan(half): return f'cannot be told apart from the Gaussian ({gain:+.4f} ± {half:.4f})'
     return f"{'beats' if gain > 0 else 'worse than'} the Gaussian by {size}"
+
+def _against_zero(loss, zero, half, train_loss, note):
+    "The sentence where there is nothing but zero to compare with"
+    if not math.isfinite(loss): return 'diverged: the loss is not finite'
+    if zero - loss <= max(half, 0.01*zero) or math.isnan(half):
+        if train_loss is not None and train_loss < 0.9*zero: return f'memorises: {train_loss:.4f} on training rows, {loss:.4f} on held-out ones'
+        return f'not trained: {loss:.4f}, where predicting zero gives {zero:.4f} ({note})'
+    return f'{1 - loss/zero:.1%} below predicting zero ({zero - loss:.4f} ± {half:.4f}), judge it by its samples: {note}'
 
 # %% ../nbs/08_closed_form.ipynb #f1e194c7
 def plot_yardsticks(
@@ -332,6 +391,7 @@ def plot_yardsticks(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 1.5), layout='constrained')[1]
     for k, color in (('zero', '#999999'), ('unit_gaussian', '#E69F00'), ('shrunk_gaussian', '#0072B2')):
+        if k not in ys: continue
         ax.axvline(ys[k].mean, color=color, lw=2)
         ax.annotate(k.replace('_', ' '), (ys[k].mean, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3),
                     textcoords='offset points', ha='center', color=color)

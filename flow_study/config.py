@@ -71,6 +71,13 @@ _rules = {
     'patience':     (lambda v: v >= 1,        'at least 1'),
     'min_delta':    (lambda v: 0 <= v < math.inf, 'at least 0 and finite'),
     'val_frequency':(lambda v: v >= 1,        'at least 1'),
+    'sigma':        (lambda v: 0 <= v < math.inf, 'at least 0 and finite'),
+    'ot_reg':       (lambda v: 0 < v < math.inf, 'above 0 and finite'),
+    'ot_batch':     (lambda v: v >= 1,        'at least 1'),
+    'mixup_share':  (lambda v: 0 < v <= 1,    'above 0 and at most 1'),
+    'noise_std':    (lambda v: 0 < v < math.inf, 'above 0 and finite'),
+    'dropout_p':    (lambda v: 0 < v < 1,     'above 0 and below 1'),
+    'pairs':        (lambda v: v and '\0' not in v, 'a file'),
     'seed':         (lambda v: 0 <= v < 2**63, 'from 0 to 2**63 - 1'),
     'group':        (lambda v: v.strip(),     'a name that is not empty'),
     'data_dir':     (lambda v: v and '\0' not in v, 'a folder'),
@@ -100,14 +107,26 @@ class TrainingConfig:
     data_dir:str='study/datasets' # Folder of `splits/` and the statistics
     checkpoint_dir:str='study/checkpoints' # Folder of the run directories
     stats_path:str=None # File of normalization statistics; by default in `data_dir`
+    time_law:str='uniform' # Law of t in training, a name that `create_flow` knows
+    weighting:str='none' # Weight of the loss over t, a name that `create_flow` knows
+    source:str='gaussian' # Where x0 comes from: a name that `create_flow` knows, or a split file whose rows are the source
+    sigma:float=None # Noise on the path; by default the flow's own
+    plan:str=None # Transport plan, `exact`, `entropic` or `unbalanced`; by default the flow's own
+    ot_reg:float=None # Entropy of a plan that is not exact, in mean squared distances; by default the flow's own
+    ot_batch:int=None # Rows that are coupled together, a multiple of `batch_size`; by default those of a step
+    pairs:str=None # File of pairs for `reflow`
+    mixup_share:float=0.4 # Largest share of the other row in the augmentation `mixup`
+    noise_std:float=0.1 # Standard deviation of the augmentation `noise`, in normalised units
+    dropout_p:float=0.1 # Share of numbers replaced in the augmentation `dropout`
     ema_warmup:bool=True # Let the average forget the initial weights early in the run
     shorten_warmup:bool=True # Use a tenth of the run where `warmup_steps` exceeds the run
     name:str=None # Name of the run directory, instead of `{arch}-{flow}-{dataset}-{aug}`
 
     def __post_init__(self):
-        if self.stats_path is None: object.__setattr__(self, 'stats_path', default_stats_path(self.data_dir))
+        if self.stats_path is None: object.__setattr__(self, 'stats_path', default_stats_path(_typed('data_dir', str, self.data_dir)))
         for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         check_name('name' if self.name else 'run_name', self.run_name)
+        if self.ot_batch and self.ot_batch % self.batch_size: raise bad_value('ot_batch', self.ot_batch, f'a multiple of batch_size={self.batch_size}')
         for k, (value, locked) in self.overrides.items():
             warnings.warn(f'{k}={value} is off protocol (locked at {locked})', ProtocolWarning, stacklevel=3)
 
@@ -118,7 +137,7 @@ def default_stats_path(data_dir)->str:
 
 def _checked(f, value):
     "The value of dataclass field `f`, or an error"
-    if value is None and f.name == 'name': return None
+    if value is None and f.default is None: return None
     value = _typed(f.name, f.type, value)
     ok, expected = _rules.get(f.name, (lambda v: True, ''))
     if not ok(value): raise bad_value(f.name, value, expected)

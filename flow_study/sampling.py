@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid', 'CountedVelocity',
            'SolverError', 'Solution', 'solve', 'guided', 'cfg_zero_star', 'divergence', 'LogLikelihood',
-           'log_likelihood', 'sample', 'Neighbour', 'nearest_texts', 'make_pairs', 'read_pairs']
+           'log_likelihood', 'sample', 'Neighbour', 'nearest_texts', 'make_pairs']
 
 # %% ../nbs/14_sampling.ipynb #e792ad0a
 import argparse, io, logging, math
@@ -373,10 +373,10 @@ def _device(name):
 def _described(model, flow):
     "The flow of a network and the width of its data"
     from flow_study.data import DataError
-    from flow_study.paths import create_flow
+    from flow_study.paths import build_flow, create_flow
     config, stats, spec = (getattr(model, k, None) for k in ('config', 'stats', 'spec'))
     if flow is None and config is None: raise bad_value('flow', None, 'a flow, since the checkpoint does not name its own')
-    flow = config.flow if flow is None else flow
+    if flow is None: flow = build_flow(config, stats, state=getattr(model, 'flow_state', None))
     widths = {'statistics': len(stats.mean) if stats else None, 'network': spec['dim'] if spec else None}
     known = {k: d for k, d in widths.items() if d}
     if not known: raise bad_value('checkpoint', type(model).__name__, 'a network with `stats` or `spec`, which say how wide the data are')
@@ -441,8 +441,11 @@ def sample(
 )->torch.Tensor: # (n, d) float32 on the CPU, in the data's own units
     "Samples of a trained flow; raises `SolverError` rather than give one that is not finite"
     import torch
+    from flow_study.draws import keyed_generator
     model, device = _loaded(checkpoint, device)
+    flow, _ = _described(model, flow)
     x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, **solver)])
+    x = torch.cat([flow.restore(b, keyed_generator(seed, 'sample/length', k)) for k, b in enumerate(x.split(256))])  # directions get a length
     if normalized: return x
     if getattr(model, 'stats', None) is None: raise bad_value('normalized', False, 'True, since the checkpoint holds no statistics to go back with')
     x = model.stats.denormalize(x)
@@ -502,21 +505,6 @@ def make_pairs(
     x0, x1 = (torch.cat(x) for x in zip(*_flowed(model, device, n, 'pairs', seed=seed, **kwargs)))
     source = str(checkpoint) if isinstance(checkpoint, (str, Path)) else 'a network in memory'
     return dict(x0=x0, x1=x1, source=source, stats=model.stats.state_dict(), seed=seed)
-
-# %% ../nbs/14_sampling.ipynb #fe4f63e7
-def read_pairs(
-    path # File made by `flow_study_sample --pairs`, or by `save_plain(path, make_pairs(...))`
-)->dict: # As from `make_pairs`
-    "Read and check a file of pairs; raises `DataError` when it cannot be used"
-    from flow_study.data import DataError, NormalizationStats, as_table, read_plain
-    d = read_plain(path, 'pairs', '`flow_study_sample CHECKPOINT --pairs FILE` makes them')
-    missing = {'x0', 'x1', 'source', 'stats'} - d.keys()
-    if missing: raise DataError(f"pairs {path} lack {', '.join(sorted(missing))}; found {', '.join(map(str, d))}")
-    x0, x1 = (as_table(d[k], f'{k} of pairs {path}') for k in ('x0', 'x1'))
-    if not isinstance(d['stats'], dict) or not {'mean', 'std'} <= d['stats'].keys(): raise DataError(f'pairs {path}: stats lack mean or std')
-    width = len(NormalizationStats.from_state_dict(d['stats']).mean)
-    if x0.shape == x1.shape and x0.shape[1] == width: return d | dict(x0=x0, x1=x1)
-    raise DataError(f'pairs {path}: x0 has shape {tuple(x0.shape)}, x1 {tuple(x1.shape)}, its statistics {width} dimensions; expected one (n, d)')
 
 # %% ../nbs/14_sampling.ipynb #0154ea42
 def _parser():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flow_study.config import TrainingConfig
-from flow_study.data import NormalizationStats, load_all_splits, make_splits, save_splits
+from flow_study.data import NormalizationStats, load_all_splits, make_splits, save_plain, save_splits
 from flow_study.draws import keyed_generator
 from flow_study.models import build_model
 from flow_study.paths import Flow, register_flow, trigonometric
@@ -24,6 +24,10 @@ def data(tmp_path_factory):
         x = torch.randn(1300, 32, generator=keyed_generator(0, 'tests'))*torch.logspace(0, -0.5, 32) + shift
         save_splits(make_splits(x, sizes=('500', '1k')), folder/name)
     NormalizationStats(torch.zeros(32), torch.ones(32), 1, 'other').save(folder/'other.pt')
+    for name, slope in (('pairs-a.pt', 1.), ('pairs-b.pt', 2.)):
+        x0 = torch.randn(300, 32, generator=keyed_generator(1, 'tests'))
+        save_plain(folder/name, dict(x0=x0, x1=slope*x0, source='tests'))
+    save_plain(folder/'source.pt', dict(embeddings=torch.ones(5, 32)))
     return folder
 
 
@@ -70,11 +74,22 @@ EFFECTS = {
     'data_dir': ('b', {'stats_path': 'other.pt'}, 'first'),
     'checkpoint_dir': ('elsewhere', {}, 'run_dir'),
     'stats_path': ('other.pt', {}, 'first'),
+    'time_law': ('logit-normal', {}, 'first'),
+    'weighting': ('x1', {}, 'first'),
+    'source': ('source.pt', {}, 'first'),
+    'sigma': (0.5, {}, 'first'),
+    'plan': ('entropic', {'flow': 'otcfm'}, 'first'),
+    'ot_reg': (1., {'flow': 'otcfm', 'plan': 'entropic'}, 'first'),
+    'ot_batch': (200, {'flow': 'otcfm'}, 'first'),
+    'pairs': ('pairs-b.pt', {'flow': 'reflow', 'pairs': 'pairs-a.pt'}, 'first'),
+    'mixup_share': (0.9, {'aug': 'mixup'}, 'first'),
+    'noise_std': (0.5, {'aug': 'noise'}, 'first'),
+    'dropout_p': (0.5, {'aug': 'dropout'}, 'first'),
     'ema_warmup': (False, {}, 'average'),
     'shorten_warmup': (False, {'warmup_steps': 500}, 'average'),
     'name': ('mine', {}, 'name'),
 }
-PATHS = {'data_dir', 'stats_path'}
+PATHS = {'data_dir', 'stats_path', 'pairs', 'source'}
 
 
 def test_every_field_is_here():
@@ -85,10 +100,10 @@ def test_every_field_is_here():
 @pytest.mark.filterwarnings('ignore::flow_study.config.ProtocolWarning')
 def test_field_has_an_effect(field, config, data, tmp_path):
     value, both, seen = EFFECTS[field]
-    place = {k: str(data/v) for k, v in {**both, field: value}.items() if k in PATHS}
-    if field == 'checkpoint_dir': place[field] = str(tmp_path/value)
-    base = config.replace(**{**both, **{k: v for k, v in place.items() if k != field}})
-    other = base.replace(**{field: place.get(field, value)})
+    folders = {**dict.fromkeys(PATHS, data), 'checkpoint_dir': tmp_path}
+    def placed(values): return {k: str(folders[k]/v) if k in folders else v for k, v in values.items()}
+    base = config.replace(**placed(both))
+    other = base.replace(**placed({field: value}))
     a, b = outcome(base), outcome(other)
     assert a[seen] != b[seen]
     again = outcome(base)

@@ -97,7 +97,7 @@ def test_misspelt_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match='TrainingConfg'): flow_study.TrainingConfg
 
 
-@pytest.mark.parametrize('module', ['config', 'rundir', 'runs', 'sampling', 'device', 'train'])
+@pytest.mark.parametrize('module', ['config', 'rundir', 'runs', 'sampling', 'metrics', 'device', 'train'])
 def test_module_imports_without_torch(module):
     assert python(f"import flow_study.{module}, sys; print('torch' in sys.modules)").strip() == 'False'
 

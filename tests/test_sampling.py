@@ -18,8 +18,9 @@ from flow_study.draws import keyed_generator
 from flow_study.ema import EMAModel
 from flow_study.models import VelocityMLP, create_model, keyed_init
 from flow_study.paths import linear, trigonometric
+from flow_study.paths import load_pairs
 from flow_study.sampling import (CountedVelocity, SolverError, cfg_zero_star, guided, log_likelihood, main, make_pairs, nearest_texts,
-                                 read_pairs, sample, shifted_grid, solve, uniform_grid)
+                                 sample, shifted_grid, solve, uniform_grid)
 
 FIXED = dict(euler=('euler', 1), midpoint=('midpoint', 2), heun=('heun2', 2), rk4=('rk4', 4)) # torchdiffeq's name, evaluations a step
 METHODS = [*FIXED, 'dopri5']
@@ -304,7 +305,7 @@ def test_flows_with_a_source_and_a_manifold_of_their_own(saved):
             return u - (u*x).sum(1, keepdim=True)*x
         return tangent
     for method, kw in (('euler', dict(steps=10)), ('dopri5', {})):
-        x = sample(saved, 300, method, flow=SimpleNamespace(source=source, interpolant=None, project=unit), wrap=wrap, normalized=True, **kw)
+        x = sample(saved, 300, method, flow=SimpleNamespace(restore=lambda x, generator: x, source=source, interpolant=None, project=unit), wrap=wrap, normalized=True, **kw)
         assert (x.norm(dim=1) - 1).abs().max() < 1e-5
     assert (torch.cat(seen) - 1).abs().max() < 1e-5
 
@@ -330,12 +331,12 @@ def test_nan_samples_are_counted(saved):
 
 def test_pairs_survive_the_disk_and_are_checked(tmp_path, saved):
     pairs = make_pairs(saved, 300, seed=3, method='rk4', steps=5)
-    again = read_pairs(save_plain(tmp_path/'pairs.pt', pairs))
+    again = load_pairs(save_plain(tmp_path/'pairs.pt', pairs))
     assert again['x0'].equal(pairs['x0']) and again['x1'].equal(pairs['x1']) and again['source'] == str(saved)
     assert NormalizationStats.from_state_dict(again['stats']).same_as(load_model(saved).stats)
     assert abs(again['x0'].std() - 1) < 0.05
     (tmp_path/'cut.pt').write_bytes((tmp_path/'pairs.pt').read_bytes()[:500])
-    with pytest.raises(ValueError, match='cut.pt is refused'): read_pairs(tmp_path/'cut.pt')
+    with pytest.raises(ValueError, match='cut.pt is refused'): load_pairs(tmp_path/'cut.pt')
 
 
 # --- the script
@@ -364,7 +365,7 @@ def test_script_on_a_run_that_was_trained(train_main, capsys):
     x = np.load('x.npy')
     assert x.shape == (300, 32) and x.dtype == np.float32
     assert np.array_equal(x, sample(f'study/checkpoints/{run}', 300, steps=10).numpy())
-    assert call(run, '--n', 300, '--pairs', 'pairs.pt')[0] == 0 and len(read_pairs('pairs.pt')['x1']) == 300
+    assert call(run, '--n', 300, '--pairs', 'pairs.pt')[0] == 0 and len(load_pairs('pairs.pt')['x1']) == 300
     code, _, err = call(run, '--nearest')
     assert code == 1 and 'no texts' in err
     assert call(run, '--out', 'y.pt', '--steps', 0)[0] == 2 and call('other', '--out', 'y.pt')[0] == 2
