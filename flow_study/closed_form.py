@@ -358,7 +358,9 @@ def verdict(
     gain, half = paired_gain(ys[reference], run)
     if reference == 'zero': return Verdict(_against_zero(run.mean, ys['zero'].mean, half, train_loss, ys.note), gain, half)
     zero, unit, gaussian = (ys[k].mean for k in ('zero', 'unit_gaussian', 'shrunk_gaussian'))
-    return Verdict(_sentence(run.mean, zero, unit, gaussian, gain, half, train_loss), gain, half)
+    text = _sentence(run.mean, zero, unit, gaussian, gain, half, train_loss)
+    if ys.note and text.startswith('beats'): text += f'; judge it by its samples: {ys.note}'  # coupled ends alone lower the loss
+    return Verdict(text, gain, half)
 
 # %% ../nbs/08_closed_form.ipynb #6fee1b7d
 def _sentence(loss, zero, unit, gaussian, gain, half, train_loss):
