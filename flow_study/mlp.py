@@ -75,7 +75,7 @@ class ResidualMLP(nn.Module):
         self.features = TimeAndCondition(features, classes, cond_dim)
         self.into = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, features, dropout=dropout) for _ in range(blocks))
-        self.norm, self.out, self.skip = nn.LayerNorm(width), zeroed(nn.Linear(width, dim)), zeroed(nn.Linear(features, dim))
+        self.norm, self.out, self.skip = nn.LayerNorm(width), zeroed(nn.Linear(width, dim)), zeroed(nn.Linear(features, 1))
 
     def forward(self, x, t, cond=None):
         c = self.features(t, x, cond)
