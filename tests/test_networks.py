@@ -242,7 +242,7 @@ def test_samples_under_a_condition(config, capsys, tmp_path):
     assert (drawn[1.].mean(1) > 0).float().mean() > 0.95 > (sample(run, 200, normalized=True).mean(1) > 0).float().mean()
     assert drawn[2.].mean() > drawn[1.].mean() + 0.02
     assert choose_average(run, labelled(100, seed=1))                  # on the loss under the conditions, too
-    for options, code in ((['--label', '1'], 0), (['--guidance', '2'], 1)):
+    for options, code in ((['--label', '1'], 0), (['--guidance', '2'], 2)):
         assert sample_main([run, '--n', '50', '--steps', '5', '--out', str(tmp_path/'x.npy'), *options]) == code, options
 
 
