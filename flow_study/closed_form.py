@@ -26,7 +26,9 @@ class ClosedForm(nn.Module):
     "A velocity known by formula, for an affine interpolant and a source of N(0, I)"
     constant_buffers = True # For the average of weights: nothing here changes
 
-    def __init__(self, interpolant=linear):
+    def __init__(self,
+        interpolant=linear, # Function of t that gives `Coefficients`
+    ):
         super().__init__()
         self.interpolant = interpolant
 
@@ -159,7 +161,10 @@ class ShrunkGaussianVelocity(GaussianVelocity):
         return self
 
 # %% ../nbs/08_closed_form.ipynb #12a7c1cc
-def some_rows(x, n): # at most `n` rows, in order
+def some_rows(
+    x:torch.Tensor, # (m, d)
+    n:int, # Rows at most
+)->torch.Tensor: # (min(m, n), d), in order
     "A keyed subset of the rows of a table, the same whenever it is asked for"
     if len(x) <= n: return x
     return x[torch.randperm(len(x), generator=keyed_generator(0, 'some_rows'))[:n].sort().values]
@@ -167,7 +172,10 @@ def some_rows(x, n): # at most `n` rows, in order
 # %% ../nbs/08_closed_form.ipynb #b418c7ab
 class MemoriserVelocity(ClosedForm):
     "The optimal velocity where data are exactly these rows"
-    def __init__(self, rows, interpolant=linear):
+    def __init__(self,
+        rows:torch.Tensor, # (n, d) the data
+        interpolant=linear, # Function of t that gives `Coefficients`
+    ):
         super().__init__(interpolant)
         self.register_buffer('rows', rows)
 
@@ -342,7 +350,10 @@ class Verdict:
 
     def __str__(self): return self.text
 
-def paired_gain(reference:HeldOutLoss, run:HeldOutLoss)->tuple: # mean, half width of the 95 % interval
+def paired_gain(
+    reference:HeldOutLoss, # What to be lower than
+    run:HeldOutLoss, # On the same rows and draws
+)->tuple: # mean, half width of the 95 % interval
     "How much lower `run` is than `reference`, paired over rows"
     d = HeldOutLoss(reference.per_row - run.per_row)
     return d.mean, 1.96*d.se

@@ -131,7 +131,9 @@ class TrainingConfig:
             warnings.warn(f'{k}={value} is off protocol (locked at {locked})', ProtocolWarning, stacklevel=3)
 
 # %% ../nbs/00_config.ipynb #721c412e
-def default_stats_path(data_dir)->str:
+def default_stats_path(
+    data_dir # Folder of `splits/`
+)->str:
     "Where the statistics of normalization lie when nobody says otherwise"
     return str(Path(data_dir)/'normalization_stats.pt')
 
