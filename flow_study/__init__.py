@@ -11,9 +11,16 @@ _public = {
     'paths': 'Flow build_flow create_flow load_pairs register_flow register_source transport_report',
     'augment': 'create_augment register_augment',
     'closed_form': 'HeldOutLoss ValidationBank Yardsticks held_out_loss loss_by_t plot_yardsticks verdict yardsticks',
-    'models': 'SimpleVelocityNet VelocityMLP build_model create_model register_model',
+    'layers': 'register_model scaled_width',
+    'mlp': 'ResidualMLP SimpleVelocityNet VelocityMLP',
+    'dit': 'DiT',
+    'unet': 'VectorUNet',
+    'mamba': 'VelocityMamba',
+    'precond': 'Preconditioned',
+    'models': 'build_model create_model parameter_counts',
     'early_stopping': 'EarlyStopping',
     'ema': 'EMAModel',
+    'power_ema': 'PowerEMA',
     'schedule': 'get_cosine_schedule_with_warmup',
     'checkpoint': 'CheckpointError get_checkpoint_path load_checkpoint load_checkpoint_with_stats_check load_model save_checkpoint',
     'sampling': 'SolverError cfg_zero_star guided log_likelihood make_pairs nearest_texts sample shifted_grid solve uniform_grid',
@@ -22,7 +29,7 @@ _public = {
     'rundir': 'RunDirError RunLockedError read_metrics read_status request',
     'runs': 'list_runs prune_runs',
     'tracking': 'ProgressTracker Tracker WandbTracker',
-    'trainer': 'FlowTrainer NonFiniteError',
+    'trainer': 'FlowTrainer NonFiniteError choose_average',
 }
 _where = {name: module for module, names in _public.items() for name in names.split()}
 __all__ = sorted(_where)

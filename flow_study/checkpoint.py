@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .config import TrainingConfig
 from .data import NormalizationStats
 from .files import publish
-from .models import create_model
+from .models import remake_model
 
 # %% ../nbs/21_checkpoint.ipynb #fbb3a036
 _logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def load_model(
     state = read_checkpoint(path)
     spec = state.get('model_spec')
     if model is None and spec is None: raise CheckpointError(path, 'does not say how its network was made: give it as `model=`')
-    if model is None: model = create_model(spec['name'], spec['dim'], **spec['kwargs'])
+    if model is None: model = remake_model(spec)
     restore_checkpoint(path, state, model=model)
     model.load_state_dict({**model.state_dict(), **state['ema']['params'], **_persistent(model, state['ema']['buffers'])})
     model.config = TrainingConfig.from_dict(state['config']) if state.get('config') else None

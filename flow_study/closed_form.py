@@ -205,6 +205,7 @@ class ValidationBank:
         flow.check(self.x)
         self.draws = draws or max(1, -(-1000//len(self.x)))
         self.row, self.t = _stratified(len(self.x), self.draws, keyed_generator(0, f'{stream}/t'))
+        self.cond = None if getattr(dataset, 'cond', None) is None or self.x0 is not None else dataset.cond[self.row]
         self._kept = list(self._blocks()) if self.row.numel()*dataset.dim <= 2**26 else None  # up to half a gigabyte
 
     def __len__(self): return len(self.row)
@@ -212,6 +213,7 @@ class ValidationBank:
     def to(self, device):
         "Move the bank to a device"
         self.x, self.row, self.t = self.x.to(device), self.row.to(device), self.t.to(device)
+        if self.cond is not None: self.cond = self.cond.to(device)
         if self._kept: self._kept = [tuple(x.to(device) for x in b) for b in self._kept]
         return self
 

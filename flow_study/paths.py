@@ -120,6 +120,7 @@ class Draws(NamedTuple):
     t:torch.Tensor # (b,) in [0, 1]
     eps:torch.Tensor=None # (b, d) N(0, I), where the path itself is noisy
     x1:torch.Tensor=None # (b, d) data ends that replace the batch, where pairs are given
+    cond:torch.Tensor=None # (b,) labels or (b, c) vectors, for a network that is conditioned
 
 # %% ../nbs/06_paths.ipynb #946a5e3f
 @dataclass(frozen=True)
