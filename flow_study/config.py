@@ -77,6 +77,8 @@ _rules = {
     'mixup_share':  (lambda v: 0 < v <= 1,    'above 0 and at most 1'),
     'noise_std':    (lambda v: 0 < v < math.inf, 'above 0 and finite'),
     'dropout_p':    (lambda v: 0 < v < 1,     'above 0 and below 1'),
+    'precision':    (lambda v: v in ('fp32', 'bf16'), "'fp32' or 'bf16'"),
+    'compile':      (lambda v: v in ('auto', 'off', 'on'), "'auto', 'off' or 'on'"),
     'pairs':        (lambda v: v and '\0' not in v, 'a file'),
     'seed':         (lambda v: 0 <= v < 2**63, 'from 0 to 2**63 - 1'),
     'group':        (lambda v: v.strip(),     'a name that is not empty'),
@@ -120,6 +122,8 @@ class TrainingConfig:
     dropout_p:float=0.1 # Share of numbers replaced in the augmentation `dropout`
     ema_warmup:bool=True # Let the average forget the initial weights early in the run
     shorten_warmup:bool=True # Use a tenth of the run where `warmup_steps` exceeds the run
+    precision:str='fp32' # `fp32`, or `bf16` for matrix products in bfloat16 while training
+    compile:str='auto' # Compile the step, `on` or `off`; `auto` does so in runs long enough to win by it
     name:str=None # Name of the run directory, instead of `{arch}-{flow}-{dataset}-{aug}`
 
     def __post_init__(self):
