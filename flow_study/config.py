@@ -6,7 +6,7 @@
 __all__ = ['PROTOCOL', 'bad_value', 'unknown_name', 'check_name', 'ProtocolWarning', 'TrainingConfig', 'default_stats_path']
 
 # %% ../nbs/00_config.ipynb #a8ec2119
-import difflib, json, math, warnings
+import difflib, html, json, math, warnings
 from dataclasses import dataclass, fields, MISSING
 from pathlib import Path
 
@@ -218,6 +218,15 @@ def diff(self:TrainingConfig, other:TrainingConfig)->dict: # `{field: (mine, the
     "The fields in which two configs differ"
     mine, theirs = self.to_dict(), other.to_dict()
     return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}
+
+# %% ../nbs/00_config.ipynb #90db0c3f
+@patch
+def _repr_html_(self:TrainingConfig):
+    def line(f):
+        value, mark = html.escape(str(getattr(self, f.name))), ' (off protocol)' if f.name in self.overrides else ''
+        value = value if getattr(self, f.name) == f.default else f'<b>{value}</b>'
+        return f'<tr><td style="text-align:left">{f.name}</td><td style="text-align:left">{value}{mark}</td></tr>'
+    return f"<table>{''.join(map(line, fields(self)))}</table>"
 
 # %% ../nbs/00_config.ipynb #2828996e
 @patch

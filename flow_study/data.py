@@ -46,7 +46,9 @@ def read_plain(
     raise DataError(f"{what} {path} holds {type(d).__name__}, expected a dict of tensors and plain values. {todo}")
 
 # %% ../nbs/04_data.ipynb #c65b13bb
-def why_refused(e:Exception)->str:
+def why_refused(
+    e:Exception # As raised by `torch.load`
+)->str:
     "Why `torch.load` refused, in one line"
     if isinstance(e, pickle.UnpicklingError) and 'GLOBAL' in str(e): return 'it holds more than tensors and plain values'
     return f'it is damaged or not a torch file ({type(e).__name__})'
@@ -302,7 +304,9 @@ def _greedy(alike):
     return keep
 
 # %% ../nbs/04_data.ipynb #bc4fd1da
-def drop_exact_duplicates(x:torch.Tensor)->torch.Tensor: # (m,) int64, the rows that stay, in order
+def drop_exact_duplicates(
+    x:torch.Tensor # (n, d)
+)->torch.Tensor: # (m,) int64, the rows that stay, in order
     "The first of each group of equal rows"
     seen, kept = set(), []
     for i, row in enumerate(x.contiguous().numpy()):

@@ -25,7 +25,7 @@ def ema_decay(
 
 # %% ../nbs/18_ema.ipynb #c560c167
 def changing_buffers(
-    model:nn.Module
+    model:nn.Module # Any
 )->dict: # Name to buffer
     "The buffers of a model, without those of modules that declare `constant_buffers`"
     return {name: b for prefix, m in model.named_modules() if not getattr(m, 'constant_buffers', False)
