@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ClosedForm', 'ZeroVelocity', 'GaussianVelocity', 'UnitGaussianVelocity', 'principal_axes', 'expected_loss', 'shrunk',
-           'choose_shrinkage', 'ShrunkGaussianVelocity', 'some_rows', 'MemoriserVelocity', 'ValidationBank',
-           'HeldOutLoss', 'held_out_loss', 'LossByTime', 'loss_by_t', 'Yardsticks', 'yardsticks', 'how_to_read',
-           'Verdict', 'paired_gain', 'verdict', 'plot_yardsticks']
+           'choose_shrinkage', 'ShrunkGaussianVelocity', 'some_rows', 'rows_to_fit', 'MemoriserVelocity',
+           'ValidationBank', 'HeldOutLoss', 'held_out_loss', 'LossByTime', 'loss_by_t', 'Yardsticks', 'yardsticks',
+           'how_to_read', 'Verdict', 'paired_gain', 'verdict', 'plot_yardsticks']
 
 # %% ../nbs/08_closed_form.ipynb #52c9e63e
 import math
@@ -15,6 +15,7 @@ from itertools import repeat
 
 import torch
 from torch import nn
+from torch.nn.functional import mse_loss
 from fastcore.basics import patch
 
 from .config import bad_value
@@ -27,7 +28,9 @@ class ClosedForm(nn.Module):
     "A velocity known by formula, for an affine interpolant and a source of N(0, I)"
     constant_buffers = True # For the average of weights: nothing here changes
 
-    def __init__(self, interpolant=linear):
+    def __init__(self,
+        interpolant=linear, # Function of t that gives `Coefficients`
+    ):
         super().__init__()
         self.interpolant = interpolant
 
@@ -160,15 +163,29 @@ class ShrunkGaussianVelocity(GaussianVelocity):
         return self
 
 # %% ../nbs/08_closed_form.ipynb #12a7c1cc
-def some_rows(x, n): # at most `n` rows, in order
+def some_rows(
+    x:torch.Tensor, # (m, d)
+    n:int, # Rows at most
+)->torch.Tensor: # (min(m, n), d), in order
     "A keyed subset of the rows of a table, the same whenever it is asked for"
     if len(x) <= n: return x
     return x[torch.randperm(len(x), generator=keyed_generator(0, 'some_rows'))[:n].sort().values]
 
+# %% ../nbs/08_closed_form.ipynb #06de363d
+def rows_to_fit(
+    dataset:FlowDataset, # Training rows
+    n:int=20_000, # Rows taken of a table that stays in its file
+)->torch.Tensor: # (m, d), normalised
+    "What a closed form or a flow is fitted to: all rows of a table in memory, a keyed subset of one in a file"
+    return some_rows(dataset, n) if dataset.mapped and len(dataset) > n else dataset.x
+
 # %% ../nbs/08_closed_form.ipynb #b418c7ab
 class MemoriserVelocity(ClosedForm):
     "The optimal velocity where data are exactly these rows"
-    def __init__(self, rows, interpolant=linear):
+    def __init__(self,
+        rows:torch.Tensor, # (n, d) the data
+        interpolant=linear, # Function of t that gives `Coefficients`
+    ):
         super().__init__(interpolant)
         self.register_buffer('rows', rows)
 
@@ -260,8 +277,8 @@ def held_out_loss(
     cond:bool=False, # Hand the velocity the condition of each row as well
 )->HeldOutLoss:
     "The mean squared error of a velocity on a bank, row by row"
-    told = bank.cond.split(bank.block) if cond else repeat(())
-    errors = torch.cat([(velocity(x_t, t, *([c] if cond else c)).float() - u_t).square().mean(1) for (t, x_t, u_t), c in zip(bank, told)])
+    told = ([c] for c in bank.cond.split(bank.block)) if cond else repeat(())
+    errors = torch.cat([mse_loss(velocity(x_t, t, *c).float(), u_t, reduction='none').mean(1) for (t, x_t, u_t), c in zip(bank, told)])
     return HeldOutLoss(errors.reshape(bank.draws, -1).double().mean(0).cpu())
 
 # %% ../nbs/08_closed_form.ipynb #d1dd7b9f
@@ -283,7 +300,7 @@ def loss_by_t(
 )->LossByTime:
     "The mean squared error of a velocity on a bank, by the time of the example"
     if type(bins) is not int or bins < 1: raise bad_value('bins', bins, 'a whole number, at least 1')
-    t, errors = zip(*((t, (velocity(x_t, t).float() - u_t).square().mean(1)) for t, x_t, u_t in bank))
+    t, errors = zip(*((t, mse_loss(velocity(x_t, t).float(), u_t, reduction='none').mean(1)) for t, x_t, u_t in bank))
     part, e = (torch.cat(t)*bins).long().clamp(max=bins - 1).cpu(), torch.cat(errors).double().cpu()
     n = part.bincount(minlength=bins)
     mean = torch.zeros(bins, dtype=e.dtype).index_add(0, part, e)/n
@@ -347,7 +364,10 @@ class Verdict:
 
     def __str__(self): return self.text
 
-def paired_gain(reference:HeldOutLoss, run:HeldOutLoss)->tuple: # mean, half width of the 95 % interval
+def paired_gain(
+    reference:HeldOutLoss, # What to be lower than
+    run:HeldOutLoss, # On the same rows and draws
+)->tuple: # mean, half width of the 95 % interval
     "How much lower `run` is than `reference`, paired over rows"
     d = HeldOutLoss(reference.per_row - run.per_row)
     return d.mean, 1.96*d.se

@@ -52,7 +52,7 @@ def _parser():
     o.add_argument('--wandb-project', default='flow-matching-study', metavar='NAME', help='project in W&B (default %(default)s)')
     o.add_argument('--wandb-mode', type=_one_of('online', 'offline', 'disabled'), metavar='MODE', help='online, offline or disabled; by default online with a key, offline without')
     o.add_argument('--wandb-upload', action='store_true', help='upload the best checkpoint to W&B')
-    o.add_argument('--checkpoint-seconds', type=float, default=0., metavar='S', help='seconds at least between two last.pt (default 0: every epoch)')
+    o.add_argument('--checkpoint-seconds', type=float, metavar='S', help='seconds from one last.pt to the next, 0 for every epoch (default: as many as keep writing to a thirtieth of the time)')
     return p
 
 # %% ../nbs/30_train.ipynb #07d5ab14
