@@ -49,7 +49,12 @@ register_model('mlp-plain', VelocityMLP);
 # %% ../nbs/11_mlp.ipynb #88884bc0
 class ResidualBlock(nn.Module):
     "Norm, modulation, one hidden layer and dropout beside an identity"
-    def __init__(self, width, features, expand=1., dropout=0.):
+    def __init__(self,
+        width:int, # Of the block
+        features:int, # Width of the features of time
+        expand:float=1., # Width of the hidden layer, as a multiple
+        dropout:float=0., # Of the hidden layer
+    ):
         super().__init__()
         hidden = round(width*expand)
         self.norm, self.up, self.down = Modulated(width, features), nn.Linear(width, hidden), zeroed(nn.Linear(hidden, width))
