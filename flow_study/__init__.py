@@ -23,6 +23,9 @@ _public = {
     'runs': 'list_runs prune_runs',
     'tracking': 'ProgressTracker Tracker WandbTracker',
     'trainer': 'FlowTrainer NonFiniteError',
+    'statistics': 'compare_arms mean_ranks paired_test plot_ranks seed_interval seeds_needed',
+    'engines': 'Engine register_engine',
+    'study': 'Leaderboard Results Study expand_grid',
 }
 _where = {name: module for module, names in _public.items() for name in names.split()}
 __all__ = sorted(_where)
