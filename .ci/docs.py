@@ -2,7 +2,8 @@
 
 nbdev renders its pages with Quarto. This is a stand-in for machines without it: nbdev prepares the notebooks exactly as it
 does for Quarto, then smalldocs, which reads the same `_quarto.yml`, makes the pages. They look alike, but cross references
-(`@fig-x`) work in Quarto only, and formulas are drawn by KaTeX, which a browser loads from the network.
+(`@fig-x`) work in Quarto only. Formulas are drawn by KaTeX from a folder (Debian's packages libjs-katex and fonts-katex put it where
+it is looked for), so that no page asks the network for anything. Then a headless Chromium opens every page; see `browser.py`.
 """
 import argparse, configparser, json, os, re, shutil, subprocess, sys, tempfile
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
+KATEX = Path('/usr/share/javascript/katex')
 
 
 def process(root):
@@ -57,16 +59,26 @@ def render(processed, out):
         shutil.copytree(site/'_docs', out)
 
 
+def draw_formulas_from(folder, out):
+    "Let the pages load KaTeX from a copy of its folder beside them"
+    shutil.copytree(folder, out/'site_libs/katex', ignore=shutil.ignore_patterns('*.mjs', '*.ttf'))
+    for path in out.rglob('*.html'):
+        text, home = path.read_text(encoding='utf-8'), '../'*len(path.relative_to(out).parents[1:])
+        text = re.sub(r'https://[^"]+/katex@[\d.]+/dist/([\w./-]+)', lambda m: f"{home}site_libs/katex/{m[1].replace('auto-render.min', 'auto-render')}", text)
+        path.write_text(text, encoding='utf-8')
+
+
 class Page(HTMLParser):
     "What one page offers (`ids`) and what it asks for (`links`)"
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links = set(), []
+        self.ids, self.twice, self.links = set(), [], []
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attrs):
         "Note the anchors and the addresses of one tag"
         for name, value in attrs:
+            if name == 'id' and value in self.ids: self.twice.append(value)
             if name == 'id' or (tag == 'a' and name == 'name'): self.ids.add(value)
             if name in ('href', 'src') and value: self.links.append(value)
 
@@ -102,6 +114,11 @@ def broken_links(out, pages, site_url):
     return problems
 
 
+def stolen_anchors(pages):
+    "A line for each anchor that a page has twice: links to the second one, often a symbol's, lead to the first"
+    return [f'{name}: #{anchor} is there twice' for name, page in pages.items() for anchor in page.twice]
+
+
 def site_url(root):
     "The address of the published pages, from `settings.ini`"
     parser = configparser.ConfigParser(delimiters=['='])
@@ -114,15 +131,32 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', nargs='?', type=Path, help='where the pages go (default: _docs)')
     parser.add_argument('--root', type=Path, default=ROOT, help='the project (default: this one)')
+    parser.add_argument('--katex', type=Path, default=KATEX, help=f'folder of KaTeX (default: {KATEX})')
+    parser.add_argument('--browser', choices=['must', 'may', 'no'], default='may', help='open the pages: where a browser is missing, fail or say so')
+    parser.add_argument('--pictures', type=Path, help='where photographs of all pages go, light and dark; none by default')
     args = parser.parse_args(argv)
     root, out = args.root.resolve(), (args.folder or args.root/'_docs').resolve()
     print('pages by smalldocs, a stand-in for Quarto', flush=True)
     render(process(root), out)
+    if args.katex.is_dir(): draw_formulas_from(args.katex, out)
     pages = {path.relative_to(out).as_posix(): Page(path) for path in sorted(out.rglob('*.html'))}
-    problems = [*missing_pages(sorted((root/'nbs').glob('[!_]*.ipynb')), pages), *broken_links(out, pages, site_url(root))]
+    problems = [*missing_pages(sorted((root/'nbs').glob('[!_]*.ipynb')), pages), *broken_links(out, pages, site_url(root)), *stolen_anchors(pages)]
+    problems += in_browser(out, args)
     for problem in problems: print(problem)
     print(f'{len(pages)} pages, {len(problems)} problems')
     return 1 if problems else 0
+
+
+def in_browser(out, args):
+    "What is wrong with the pages once they are opened"
+    import browser
+    path = None if args.browser == 'no' else browser.find_browser()
+    if path is None or not args.katex.is_dir():
+        missing = 'no Chromium' if path is None else f'no KaTeX in {args.katex}'
+        print('pages not opened in a browser' + ('' if args.browser == 'no' else f': {missing}'), flush=True)
+        return ['pages were not opened, and must be'] if args.browser == 'must' else []
+    print('pages opened in a browser', flush=True)
+    with browser.chromium(path) as opened: return browser.open_pages(out, opened, args.pictures)
 
 
 # The guard matters: nbdev starts processes that import this file again.

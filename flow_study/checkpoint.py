@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .config import TrainingConfig
 from .data import NormalizationStats
 from .files import publish
-from .models import create_model
+from .models import remake_model
 
 # %% ../nbs/21_checkpoint.ipynb #fbb3a036
 _logger = logging.getLogger(__name__)
@@ -63,7 +63,10 @@ def to_bytes(
     buffer.write(_magic + hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b'\n')
     return buffer.getbuffer()
 
-def write_checkpoint(path, state:dict)->Path: # `path`
+def write_checkpoint(
+    path, # Where it shall appear
+    state:dict, # Tensors and plain values, nested
+)->Path: # `path`
     "Publish a state as a checkpoint file"
     return publish(path, to_bytes(state))
 
@@ -112,8 +115,12 @@ def load_checkpoint(
     "Read a checkpoint and restore the objects that are given"
     return restore_checkpoint(path, read_checkpoint(path), **targets)
 
-def restore_checkpoint(path, state, **targets):
-    "Restore `targets` from a state that was read, in their order; `path` is for messages"
+def restore_checkpoint(
+    path, # For messages
+    state:dict, # As from `read_checkpoint`
+    **targets # Objects with `load_state_dict`, by the name of their part
+):
+    "Restore `targets` from a state that was read, in their order; raises `CheckpointError` where one does not fit"
     for k in targets:
         if k not in _order: raise TypeError(f"{k} cannot be restored; expected {', '.join(_order)}")
         if k not in state: raise CheckpointError(path, f"lacks {k}; found {', '.join(state)}")
@@ -146,8 +153,12 @@ def load_checkpoint_with_stats_check(
     return restore_checkpoint(path, state, **targets)
 
 # %% ../nbs/21_checkpoint.ipynb #f6a1639c
-def check_stats(path, state, stats):
-    "Compare the statistics in a state with those in use, value by value"
+def check_stats(
+    path, # For messages
+    state:dict, # As from `read_checkpoint`
+    stats:NormalizationStats, # Those in use
+):
+    "Compare the statistics in a state with those in use, value by value; raises `CheckpointError` where they differ"
     if state.get('stats') is None: raise CheckpointError(path, 'holds no statistics to compare with')
     theirs = NormalizationStats.from_state_dict(state['stats'])
     if theirs.same_as(stats): return _logger.info('Stats consistency check: PASSED')
@@ -238,7 +249,7 @@ def load_model(
     state = read_checkpoint(path)
     spec = state.get('model_spec')
     if model is None and spec is None: raise CheckpointError(path, 'does not say how its network was made: give it as `model=`')
-    if model is None: model = create_model(spec['name'], spec['dim'], **spec['kwargs'])
+    if model is None: model = remake_model(spec)
     restore_checkpoint(path, state, model=model)
     model.load_state_dict({**model.state_dict(), **state['ema']['params'], **_persistent(model, state['ema']['buffers'])})
     model.config = TrainingConfig.from_dict(state['config']) if state.get('config') else None

@@ -26,7 +26,9 @@ class ClosedForm(nn.Module):
     "A velocity known by formula, for an affine interpolant and a source of N(0, I)"
     constant_buffers = True # For the average of weights: nothing here changes
 
-    def __init__(self, interpolant=linear):
+    def __init__(self,
+        interpolant=linear, # Function of t that gives `Coefficients`
+    ):
         super().__init__()
         self.interpolant = interpolant
 
@@ -159,7 +161,10 @@ class ShrunkGaussianVelocity(GaussianVelocity):
         return self
 
 # %% ../nbs/08_closed_form.ipynb #12a7c1cc
-def some_rows(x, n): # at most `n` rows, in order
+def some_rows(
+    x:torch.Tensor, # (m, d)
+    n:int, # Rows at most
+)->torch.Tensor: # (min(m, n), d), in order
     "A keyed subset of the rows of a table, the same whenever it is asked for"
     if len(x) <= n: return x
     return x[torch.randperm(len(x), generator=keyed_generator(0, 'some_rows'))[:n].sort().values]
@@ -167,7 +172,10 @@ def some_rows(x, n): # at most `n` rows, in order
 # %% ../nbs/08_closed_form.ipynb #b418c7ab
 class MemoriserVelocity(ClosedForm):
     "The optimal velocity where data are exactly these rows"
-    def __init__(self, rows, interpolant=linear):
+    def __init__(self,
+        rows:torch.Tensor, # (n, d) the data
+        interpolant=linear, # Function of t that gives `Coefficients`
+    ):
         super().__init__(interpolant)
         self.register_buffer('rows', rows)
 
@@ -197,6 +205,7 @@ class ValidationBank:
         flow.check(self.x)
         self.draws = draws or max(1, -(-1000//len(self.x)))
         self.row, self.t = _stratified(len(self.x), self.draws, keyed_generator(0, f'{stream}/t'))
+        self.cond = None if getattr(dataset, 'cond', None) is None or self.x0 is not None else dataset.cond[self.row]
         self._kept = list(self._blocks()) if self.row.numel()*dataset.dim <= 2**26 else None  # up to half a gigabyte
 
     def __len__(self): return len(self.row)
@@ -204,6 +213,7 @@ class ValidationBank:
     def to(self, device):
         "Move the bank to a device"
         self.x, self.row, self.t = self.x.to(device), self.row.to(device), self.t.to(device)
+        if self.cond is not None: self.cond = self.cond.to(device)
         if self._kept: self._kept = [tuple(x.to(device) for x in b) for b in self._kept]
         return self
 
@@ -342,7 +352,10 @@ class Verdict:
 
     def __str__(self): return self.text
 
-def paired_gain(reference:HeldOutLoss, run:HeldOutLoss)->tuple: # mean, half width of the 95 % interval
+def paired_gain(
+    reference:HeldOutLoss, # What to be lower than
+    run:HeldOutLoss, # On the same rows and draws
+)->tuple: # mean, half width of the 95 % interval
     "How much lower `run` is than `reference`, paired over rows"
     d = HeldOutLoss(reference.per_row - run.per_row)
     return d.mean, 1.96*d.se

@@ -77,6 +77,10 @@ _rules = {
     'mixup_share':  (lambda v: 0 < v <= 1,    'above 0 and at most 1'),
     'noise_std':    (lambda v: 0 < v < math.inf, 'above 0 and finite'),
     'dropout_p':    (lambda v: 0 < v < 1,     'above 0 and below 1'),
+    'weight_decay': (lambda v: 0 <= v < math.inf, 'at least 0 and finite'),
+    'net_dropout':  (lambda v: 0 <= v < 1,    'from 0 up to, but not including, 1'),
+    'cond_dropout': (lambda v: 0 <= v < 1,    'from 0 up to, but not including, 1'),
+    'ema_snapshots':(lambda v: v >= 0,        'at least 0'),
     'pairs':        (lambda v: v and '\0' not in v, 'a file'),
     'seed':         (lambda v: 0 <= v < 2**63, 'from 0 to 2**63 - 1'),
     'group':        (lambda v: v.strip(),     'a name that is not empty'),
@@ -86,17 +90,34 @@ _rules = {
 }
 
 # %% ../nbs/00_config.ipynb #34ede77b
+class _Validated:
+    "Fields are checked when the object is made"
+    def __post_init__(self):
+        if self.stats_path is None: object.__setattr__(self, 'stats_path', default_stats_path(_typed('data_dir', str, self.data_dir)))
+        for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        check_name('name' if self.name else 'run_name', self.run_name)
+        if self.ot_batch and self.ot_batch % self.batch_size: raise bad_value('ot_batch', self.ot_batch, f'a multiple of batch_size={self.batch_size}')
+        for k, (value, locked) in self.overrides.items():
+            warnings.warn(f'{k}={value} is off protocol (locked at {locked})', ProtocolWarning, stacklevel=3)
+
+# %% ../nbs/00_config.ipynb #decd8b08
 @dataclass(kw_only=True, frozen=True)
-class TrainingConfig:
+class TrainingConfig(_Validated):
     "Every choice that has an effect on a run; validated on construction, then frozen"
     arch:str # Velocity network, a name that `create_model` knows
     flow:str # Flow, a name that `create_flow` knows
     dataset:str # Split below `{data_dir}/splits`, such as `1k`
     group:str # The study or experiment this run belongs to
+    size:str=None # Size of the network, such as `tiny`, `small` or `base`; by default the network's own
+    precond:str=None # Closed form that the network corrects: `none`, `unit` or `gaussian`; by default the network's own
+    net_dropout:float=None # Dropout within the network; by default the network's own
+    cond:bool=False # Condition the network on the `cond` of each row, labels or vectors in the split files
+    cond_dropout:float=0.1 # Share of rows whose condition is hidden in training, for guidance
     aug:str='none' # Augmentation of the training rows, a name that `create_augment` knows
     epochs:int=100 # Epochs at most
     batch_size:int=256 # Rows a step
-    lr:float=1e-4 # Highest learning rate, reached at the end of the warm-up
+    lr:float=1e-3 # Highest learning rate, reached at the end of the warm-up
+    weight_decay:float=0.1 # Weight decay of the matrices
     warmup_steps:int=1000 # Steps over which the learning rate rises from 0
     ema_decay:float=PROTOCOL['ema_decay'] # Locked. Share of the weight average kept at each step
     grad_clip:float=PROTOCOL['grad_clip'] # Locked. Largest norm of the gradient
@@ -119,19 +140,14 @@ class TrainingConfig:
     noise_std:float=0.1 # Standard deviation of the augmentation `noise`, in normalised units
     dropout_p:float=0.1 # Share of numbers replaced in the augmentation `dropout`
     ema_warmup:bool=True # Let the average forget the initial weights early in the run
+    ema_snapshots:int=0 # Snapshots of two more averages, from which one of any length is made afterwards
     shorten_warmup:bool=True # Use a tenth of the run where `warmup_steps` exceeds the run
     name:str=None # Name of the run directory, instead of `{arch}-{flow}-{dataset}-{aug}`
 
-    def __post_init__(self):
-        if self.stats_path is None: object.__setattr__(self, 'stats_path', default_stats_path(_typed('data_dir', str, self.data_dir)))
-        for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        check_name('name' if self.name else 'run_name', self.run_name)
-        if self.ot_batch and self.ot_batch % self.batch_size: raise bad_value('ot_batch', self.ot_batch, f'a multiple of batch_size={self.batch_size}')
-        for k, (value, locked) in self.overrides.items():
-            warnings.warn(f'{k}={value} is off protocol (locked at {locked})', ProtocolWarning, stacklevel=3)
-
 # %% ../nbs/00_config.ipynb #721c412e
-def default_stats_path(data_dir)->str:
+def default_stats_path(
+    data_dir # Folder of `splits/`
+)->str:
     "Where the statistics of normalization lie when nobody says otherwise"
     return str(Path(data_dir)/'normalization_stats.pt')
 

@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: error: {message} (`--help` shows what can be given)\n')
 
     def parse_args(self, args=None, namespace=None):
+        "As in `argparse`, with a suggestion for an option that is not known"
         args = [_dashes(a) for a in (sys.argv[1:] if args is None else args)]
         args, unknown = self.parse_known_args(args, namespace)
         if not unknown: return args

@@ -162,6 +162,19 @@ class FlowDataset(torch.utils.data.Dataset):
         stats = NormalizationStats.load(stats_path)
         self._fill(as_table(d['embeddings'], f'split {split_path}'), stats, return_normalized,
                    d.get('instructions'), d.get('indices'), str(split_path))
+        self.cond = _as_cond(d.get('cond'), len(self), self.name)
+
+# %% ../nbs/04_data.ipynb #6387cd9e
+def _as_cond(cond, n, name):
+    "Labels (n,) int64 or vectors (n, c) float32, checked; `None` where there are none"
+    if cond is None: return None
+    cond = torch.as_tensor(cond)
+    if len(cond) != n or cond.ndim not in (1, 2): raise DataError(f'{name} has {n} rows, and cond of shape {tuple(cond.shape)}: expected labels ({n},) or vectors ({n}, c)')
+    if cond.ndim == 2:
+        if not cond.isfinite().all(): raise DataError(f'cond of {name} holds NaN or infinite numbers')
+        return cond.float()
+    if cond.is_floating_point() or cond.min() < 0: raise DataError(f'cond of {name} holds labels that are not whole numbers from 0 up')
+    return cond.long()
 
 # %% ../nbs/04_data.ipynb #91f1159a
 def _splits_hint(path):
@@ -203,10 +216,12 @@ def from_tensor(cls:FlowDataset,
     stats:NormalizationStats=None, # Normalise with these; without, rows are served as they come
     texts:list=None, # A text for each row
     name:str='tensor', # What to call it in messages
+    cond=None, # A label (n,) or a vector (n, c) for each row
 )->FlowDataset:
     "A dataset from rows in memory"
     self = cls.__new__(cls)
     self._fill(as_table(x, name), stats, True, texts, None, name)
+    self.cond = _as_cond(cond, len(self), name)
     return self
 
 # %% ../nbs/04_data.ipynb #74c3b427

@@ -14,7 +14,11 @@ from pathlib import Path
 class WriteError(OSError):
     "A file could not be published; what was there before is untouched"
 
-def write_error(path, n_bytes, e):
+def write_error(
+    path, # What was written
+    n_bytes:int, # Its size
+    e:OSError, # What the system said
+)->WriteError:
     "`e` retold with the file, the bytes needed and the bytes free"
     try: free = f'{shutil.disk_usage(_existing_parent(path)).free:,}'
     except OSError: free = 'an unknown number of'
@@ -54,7 +58,9 @@ def _temporary(path):
         with f: yield f
     finally: name.unlink(missing_ok=True)
 
-def sync_folder(path):
+def sync_folder(
+    path # The folder
+):
     "Make renames within a folder last through a power cut"
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)

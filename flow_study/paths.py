@@ -120,6 +120,7 @@ class Draws(NamedTuple):
     t:torch.Tensor # (b,) in [0, 1]
     eps:torch.Tensor=None # (b, d) N(0, I), where the path itself is noisy
     x1:torch.Tensor=None # (b, d) data ends that replace the batch, where pairs are given
+    cond:torch.Tensor=None # (b,) labels or (b, c) vectors, for a network that is conditioned
 
 # %% ../nbs/06_paths.ipynb #946a5e3f
 @dataclass(frozen=True)
@@ -567,7 +568,10 @@ def load_pairs(
 # %% ../nbs/06_paths.ipynb #16679ecb
 class PairTable:
     "Pairs for training, drawn with replacement, and every tenth one held out"
-    def __init__(self, path, stats=None): self.path, self.stats, self._parts = path, stats, None
+    def __init__(self,
+        path, # File of pairs, or their dict
+        stats:NormalizationStats=None, # Statistics in use; the pairs' own must be equal
+    ): self.path, self.stats, self._parts = path, stats, None
 
     def part(self, held_out:bool)->tuple: # x0 and x1, (n, d) both
         "The pairs to learn from, or those held out; read when first needed, since sampling needs none"

@@ -141,7 +141,11 @@ def _parse(line):
 # %% ../nbs/25_rundir.ipynb #0a7a37a6
 class RunDir:
     "A run directory, written by this process; use `create` or `resume`"
-    def __init__(self, path, lock, generation):
+    def __init__(self,
+        path, # Where the run is kept
+        lock, # The open lock, as from `acquire_lock`
+        generation:int, # 1, and one more with each resume
+    ):
         self.path, self.lock, self.generation = Path(path), lock, generation
         self.status, self._metrics, self._written = {}, None, 0.
 

@@ -28,7 +28,12 @@ def cosine_with_warmup(
     return min_lr_ratio + (1 - min_lr_ratio)*0.5*(1 + math.cos(math.pi*progress))
 
 # %% ../nbs/20_schedule.ipynb #279db415
-def cosine_progress(step, start, end, seams=()):
+def cosine_progress(
+    step:int, # From 0
+    start:int, # Where the cosine begins, the end of the warm-up
+    end:int, # Where it ends
+    seams=(), # `(step, new end)` where the run was made longer or shorter
+)->float: # From 0 to 1
     "How far along the cosine a step is, from 0 to 1; after a seam the rest of the way is spread over the rest of the run"
     done = 0.
     for at, new_end in seams:

@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    "Keep torch at one thread in every test that uses it, whatever the test before it did"
-    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
+def same_start():
+    "One thread, and torch's global generator from the same seed, whatever the test before it did: the order of tests has no effect"
+    if 'torch' not in sys.modules: return
+    sys.modules['torch'].set_num_threads(1)
+    sys.modules['torch'].manual_seed(0)
 
 
 @pytest.fixture(scope='session')

@@ -22,7 +22,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data')
     for name, shift in (('a', 0.), ('b', 1.)):
         x = torch.randn(1300, 32, generator=keyed_generator(0, 'tests'))*torch.logspace(0, -0.5, 32) + shift
-        save_splits(make_splits(x, sizes=('500', '1k')), folder/name)
+        splits = make_splits(x, sizes=('500', '1k'))
+        for d in (d for parts in splits.values() for d in parts.values()): d['cond'] = (d['embeddings'][:, 0] > 0).long()
+        save_splits(splits, folder/name)
     NormalizationStats(torch.zeros(32), torch.ones(32), 1, 'other').save(folder/'other.pt')
     for name, slope in (('pairs-a.pt', 1.), ('pairs-b.pt', 2.)):
         x0 = torch.randn(300, 32, generator=keyed_generator(1, 'tests'))
@@ -51,7 +53,7 @@ def outcome(config):
     trainer = FlowTrainer(build_model(config, train), config, train, val, 'cpu', trackers=[listener], log_every=1)
     result = trainer.train()
     average = torch.cat([p.flatten() for p in trainer.ema.params.values()]).tolist()
-    return dict(lines=listener.lines, average=average, epochs=result['epochs_run'], run_dir=result['run_dir'],
+    return dict(lines=listener.lines, average=average, snapshots=len(list((config.run_dir/'averages').glob('*.pt'))), epochs=result['epochs_run'], run_dir=result['run_dir'],
                 vals=sum('val/loss' in d for d in listener.lines), first=listener.lines[0]['train/loss'], rows=len(train), name=listener.run['run_name'])
 
 
@@ -61,6 +63,13 @@ EFFECTS = {
     'flow': ('trigonometric', {}, 'first'),
     'dataset': ('1k', {}, 'rows'),
     'aug': ('mixup+noise', {}, 'first'),
+    'size': ('base', {'arch': 'mlp', 'size': 'tiny'}, 'average'),
+    'precond': ('unit', {'arch': 'mlp'}, 'first'),
+    'net_dropout': (0.9, {'arch': 'mlp'}, 'average'),
+    'cond': (True, {'arch': 'mlp'}, 'average'),
+    'cond_dropout': (0.9, {'arch': 'mlp', 'cond': True}, 'average'),
+    'weight_decay': (1., {}, 'average'),
+    'ema_snapshots': (4, {'ema_snapshots': 2}, 'snapshots'),
     'epochs': (5, {}, 'epochs'),
     'batch_size': (50, {}, 'first'),
     'lr': (1e-3, {}, 'average'),

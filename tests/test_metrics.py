@@ -22,6 +22,7 @@ from flow_study.draws import keyed_generator
 from flow_study.ema import EMAModel
 from flow_study.metrics import (bootstrap_counts, compare_samples, energy_distance, evaluate, evaluation_table, exact_w2, measure, memorisation,
                                 mmd, nn_two_sample_accuracy, null_samples, precision_recall_density_coverage, register_metric, sliced_wasserstein)
+from flow_study.layers import Architecture, _models
 from flow_study.models import create_model
 
 
@@ -325,7 +326,7 @@ def test_samples_that_are_not_finite_are_counted_and_no_metric_is_given(place):
 
 def test_a_failed_report_ends_with_1(place, eval_main, monkeypatch):
     save(Breaks(), 'breaks', model_spec=dict(name='breaks', dim=32, kwargs={}))
-    monkeypatch.setitem(create_model.__globals__['_models'], 'breaks', lambda dim: Breaks())
+    monkeypatch.setitem(_models, 'breaks', Architecture(lambda dim: Breaks()))
     code, out, _ = eval_main('breaks', '--n', '100', '--steps', '5')
     assert code == 1 and 'in 100 of 100 rows' in out
 

@@ -247,7 +247,7 @@ def test_likelihood_stops_on_nan():
 def checkpoint(folder, v, flow='icfm', stats=None, name='best.pt'):
     "A checkpoint of a network of 6 numbers"
     stats = stats or NormalizationStats(torch.linspace(-5, 5, 6), torch.linspace(0.5, 3, 6), 100, 'tests')
-    with keyed_init(0): net = create_model('mlp', 6, hidden=32, layers=3)
+    with keyed_init(0): net = create_model('mlp-plain', 6, hidden=32, layers=3)
     net.load_state_dict(v.state_dict())
     return save_checkpoint(folder/name, model=net, ema=EMAModel(net), stats=stats, model_spec=net.spec,
                            config=TrainingConfig(arch='mlp', flow=flow, dataset='1k', group='tests').to_dict())

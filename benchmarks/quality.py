@@ -1,0 +1,205 @@
+"""How good the networks are, on real embeddings and on the built-in corpus: the whole table, run by run.
+
+    python benchmarks/quality.py --sonar ../shared/data/sonar          # runs what is missing, then prints the table
+    python benchmarks/quality.py --runs 1                              # the next missing run only; call it again to go on
+    python benchmarks/quality.py --runs 0                              # the table of what is there
+    python benchmarks/quality.py --runs 0 --samples                    # and samples of the best network of each data set
+    python benchmarks/quality.py --runs 0 --samples --test             # at the very end, once: the same on the test rows
+
+Each run is a run directory in `--out`, made by the trainer itself, with a `quality.json` beside its checkpoints; one that was interrupted
+goes on where it stopped. Losses are on a bank of 32 draws a row that early stopping never sees; gains are over the shrunk Gaussian, paired
+by row, with 95 % intervals over rows. Without SONAR files their rows are left out; the built-in corpus is made where it is missing.
+"""
+import argparse
+import json
+import logging
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import torch
+
+from flow_study.checkpoint import load_model
+from flow_study.closed_form import HeldOutLoss, ValidationBank, held_out_loss, yardsticks
+from flow_study.config import TrainingConfig
+from flow_study.corpus import build_corpus
+from flow_study.data import load_all_splits
+from flow_study.files import publish_json
+from flow_study.metrics import evaluate
+from flow_study.models import build_model, parameter_counts
+from flow_study.paths import create_flow
+from flow_study.trainer import FlowTrainer
+
+SEEDS = (42, 43, 44)
+DRAWS = 32
+# 1,500 steps of 256 rows for 800 rows, as many for 8,000: validated ten times an epoch's worth apart
+BUDGET = {'1k': dict(epochs=500, val_frequency=10), '10k': dict(epochs=97, val_frequency=2)}
+BEST = dict(arch='mlp', aug='mixup', warmup_steps=150)
+# The rows of the table: a name, what it changes, and whether it is run for all seeds
+ROWS = {
+    'mlp': {},
+    'dit': dict(arch='dit'),
+    'unet': dict(arch='unet'),
+    'mamba': dict(arch='mamba'),
+    'mlp, base': dict(size='base'),
+    'mlp, tiny': dict(size='tiny'),
+    'mlp, no precond': dict(precond='none'),
+    'mlp, unit precond': dict(precond='unit'),
+    'mlp-plain': dict(arch='mlp-plain'),
+    'mlp, out of the box': dict(aug='none', epochs=100, val_frequency=1, warmup_steps=1000),
+}
+# One default at a time, seed 42, on the 1k splits
+ABLATION = {
+    'no mixup': dict(aug='none'),
+    'mixup share 0.8': dict(mixup_share=0.8),
+    'noise 0.1 instead': dict(aug='noise'),
+    'mixup+noise': dict(aug='mixup+noise'),
+    'dropout 0': dict(net_dropout=0.),
+    'dropout 0.5': dict(net_dropout=0.5),
+    'weight decay 0.01': dict(weight_decay=0.01),
+    'weight decay 1': dict(weight_decay=1.),
+    'lr 3e-4': dict(lr=3e-4),
+    'lr 3e-3': dict(lr=3e-3),
+}
+
+
+def data_sets(args):
+    "Name to folder and split, of the data that are there"
+    corpus = Path(args.out)/'corpus'
+    if not (corpus/'normalization_stats.pt').exists(): build_corpus(corpus, sizes=('1k', '10k'))
+    found = {'corpus-1k': (corpus, '1k'), 'corpus-10k': (corpus, '10k')}
+    if (Path(args.sonar)/'splits'/'1k').is_dir(): found = {'sonar-1k': (Path(args.sonar), '1k')} | found
+    return {k: v for k, v in found.items() if not args.data or k in args.data}
+
+
+def plan(args):
+    "(data set, row, seed, config) of every run: seeds of the main rows first, the ablation last"
+    def config(data, row, seed, change):
+        folder, split = data_sets(args)[data]
+        kw = dict(BEST, **BUDGET[split]) | change
+        return TrainingConfig(flow='icfm', dataset=split, group='quality', seed=seed, data_dir=str(folder), checkpoint_dir=str(Path(args.out)/'runs'),
+                              name=f"{data}-{row.replace(', ', '-').replace(' ', '-')}-s{seed}", **kw)
+    rows = [(data, row, seed, change) for data in data_sets(args) for row, change in ROWS.items() for seed in SEEDS]
+    rows += [(data, row, SEEDS[0], change) for data in data_sets(args) if data != 'corpus-10k' for row, change in ABLATION.items()]
+    wanted = lambda row: not args.rows or row in args.rows
+    return [(data, row, seed, config(data, row, seed, change)) for data, row, seed, change in rows if wanted(row) and (not args.seeds or seed in args.seeds)]
+
+
+def report_file(config): return config.run_dir/'quality.json'
+
+
+def done(config):
+    "The report of a run that has ended, if it is of this very config"
+    file = report_file(config)
+    if not file.exists(): return None
+    report = json.loads(file.read_text(encoding='utf-8'))
+    return report if report['config'] == config.to_dict() else None
+
+
+def carry_out(data, row, seed, config):
+    "Train, or go on, and measure; the report"
+    train, val, _ = load_all_splits(config.dataset, config.stats_path, config.data_dir)
+    began = config.run_dir.exists() and json.loads((config.run_dir/'config.json').read_text(encoding='utf-8')) == config.to_dict()
+    model = build_model(config, train)
+    trainer = FlowTrainer(model, config, train, val, trackers=[], resume_path=config.run_dir if began else None, checkpoint_seconds=60., log_every=50)
+    cpu = time.process_time()
+    result = trainer.train()
+    if result['state'] == 'interrupted': raise KeyboardInterrupt
+    report = dict(data=data, row=row, seed=seed, config=config.to_dict(), state=result['state'], best_epoch=result['best_epoch'], steps=trainer.global_step,
+                  seconds=round(trainer.elapsed_seconds), cpu_seconds=round(time.process_time() - cpu), **parameter_counts(model),
+                  **losses(load_model(config.run_dir), train, val))
+    publish_json(report_file(config), report)
+    return report
+
+
+def losses(model, train, val):
+    "Loss and paired gain on the report's bank, and what the closed forms give there"
+    flow = create_flow('icfm')
+    bank = ValidationBank(val, flow, draws=DRAWS, stream='report')
+    ys = yardsticks(train, val, flow, bank)
+    run = held_out_loss(model, bank)
+    gain = HeldOutLoss(ys['shrunk_gaussian'].per_row - run.per_row)
+    return dict(loss=run.mean, gain=gain.mean, half_width=1.96*gain.se, per_row_gain=gain.per_row.tolist(),
+                closed_forms={k: v.mean for k, v in ys.losses.items()}, shrinkage=ys.shrinkage)
+
+
+def number(values): return ' / '.join(f'{v:.4f}' for v in values)
+
+
+def table(args):
+    "All that is there, as Markdown"
+    lines = []
+    reports = [r for *_, config in plan(args) if (r := done(config))]
+    for data in data_sets(args):
+        mine = [r for r in reports if r['data'] == data]
+        if not mine: continue
+        lines += [f'\n### {data}\n', '| | parameters | loss on held-out rows, seeds ' + ', '.join(map(str, SEEDS)) + ' | gain over the shrunk Gaussian | CPU seconds a run |', '|---|---:|---|---|---:|']
+        for k, v in mine[0]['closed_forms'].items(): lines.append(f"| *{k.replace('_', ' ')}* | 0 | {v:.4f} | {mine[0]['closed_forms']['shrunk_gaussian'] - v:+.4f} | |")
+        for row in [*ROWS, *ABLATION]:
+            rs = sorted((r for r in mine if r['row'] == row), key=lambda r: r['seed'])
+            if not rs: continue
+            gain = HeldOutLoss(torch.tensor([r['per_row_gain'] for r in rs], dtype=torch.float64).mean(0))
+            lines.append(f"| {row} | {rs[0]['learned']:,} | {number(r['loss'] for r in rs)} | {gain.mean:+.4f} ± {1.96*gain.se:.4f} | {statistics.mean(r['cpu_seconds'] for r in rs):.0f} |")
+        best = min((r for r in mine if r['row'] in ROWS), key=lambda r: r['loss'])
+        for split in ('val', 'test'): lines += sample_lines(args, data, split)
+        lines.append(f"\nBest run: {best['row']}, seed {best['seed']}.")
+    cost = sum(r['cpu_seconds'] for r in reports)
+    missing = sum(not done(c) for *_, c in plan(args))
+    lines.append(f'\n{len(reports)} runs, {cost/3600:.2f} hours of one core ({torch.get_num_threads()} thread, torch {torch.__version__}); {missing} runs missing.')
+    return '\n'.join(lines)
+
+
+def sample_lines(args, data, split):
+    "What `evaluate` said of the samples of the best network"
+    lines = []
+    for *_, config in [p for p in plan(args) if p[0] == data and p[1] == 'mlp']:
+        file = config.run_dir/'evaluation.json'
+        if not file.exists(): continue
+        r = json.loads(file.read_text(encoding='utf-8'))
+        r = r if r.get('split') == split else r.get('other', {}).get(split)
+        if not r: continue
+        interval = lambda m: f"{m['value']:.4f} ({m['low']:.4f} to {m['high']:.4f})"
+        if not lines: lines = [f'\nSamples of mlp against the {split} rows (read {{}}), with 95 % intervals; the shrunk Gaussian\'s samples in brackets:\n',
+                               '| seed | loss | gain | energy distance | 1-NN accuracy | nearer to training rows than held-out rows are |', '|---|---|---|---|---|---|']
+        cells = []
+        for name in ('energy_distance', 'nn_accuracy', 'memorisation'):
+            m = r['samples'][name]
+            cells.append(f"{interval(m)} [{m['null']['shrunk_gaussian']['value']:.4f}]")
+        g = r['run']['paired_gain']
+        lines.append(f"| {config.seed} | {r['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
+        lines[0] = lines[0].replace('{}', f"{r['reads'][split]} times" if r['reads'][split] > 1 else 'once') if '{}' in lines[0] else lines[0]
+    return lines
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--sonar', default='../shared/data/sonar', help='folder of the SONAR splits')
+    p.add_argument('--out', default='study/quality', help='folder of the runs')
+    p.add_argument('--data', nargs='*', help='data sets, of sonar-1k, corpus-1k and corpus-10k (default all)')
+    p.add_argument('--rows', nargs='*', help='rows of the table (default all)')
+    p.add_argument('--seeds', nargs='*', type=int, help='seeds (default all)')
+    p.add_argument('--runs', type=int, help='missing runs to carry out (default all)')
+    p.add_argument('--samples', action='store_true', help='evaluate the samples of mlp on validation rows, one run that has not been')
+    p.add_argument('--test', action='store_true', help='with --samples: on test rows instead, once a run')
+    args = p.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    left = [q for q in plan(args) if not done(q[3])]
+    for q in left[:args.runs]:
+        r = carry_out(*q)
+        print(f"{r['data']:12}{r['row']:24}{r['seed']}  loss {r['loss']:.4f}  gain {r['gain']:+.4f} ± {r['half_width']:.4f}  {r['state']}, best epoch {r['best_epoch']}, {r['cpu_seconds']} CPU seconds", flush=True)
+    if args.samples:
+        split = 'test' if args.test else 'val'
+        for *_, config in [q for q in plan(args) if q[1] == 'mlp' and done(q[3])]:
+            file = config.run_dir/'evaluation.json'
+            known = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+            if known.get('split') == split or split in known.get('other', {}): continue
+            evaluate(config.run_dir, split, nfe_steps=(5,))
+            print(f'{config.run_name}: samples evaluated on {split} rows', flush=True)
+            break
+    print(table(args))
+
+
+if __name__ == '__main__': main()
