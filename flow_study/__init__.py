@@ -10,6 +10,7 @@ _public = {
     'corpus': 'build_corpus encode_texts register_encoder',
     'paths': 'Flow build_flow create_flow load_pairs register_flow register_source transport_report',
     'augment': 'create_augment register_augment',
+    'views': 'Table',
     'closed_form': 'HeldOutLoss ValidationBank Yardsticks held_out_loss loss_by_t plot_yardsticks verdict yardsticks',
     'layers': 'register_model scaled_width',
     'mlp': 'ResidualMLP SimpleVelocityNet VelocityMLP',
@@ -33,6 +34,8 @@ _public = {
     'statistics': 'compare_arms mean_ranks paired_test plot_ranks seed_interval seeds_needed',
     'engines': 'Engine register_engine',
     'study': 'Leaderboard Results Study expand_grid',
+    'reader': 'Run',
+    'dashboard': 'Dashboard',
 }
 _where = {name: module for module, names in _public.items() for name in names.split()}
 __all__ = sorted(_where)

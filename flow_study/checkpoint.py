@@ -8,7 +8,8 @@ __all__ = ['SCHEMA', 'get_checkpoint_path', 'CheckpointError', 'snapshot', 'to_b
            'check_stats', 'find_checkpoint', 'CheckpointWriter', 'load_model']
 
 # %% ../nbs/21_checkpoint.ipynb #91005288
-import hashlib, io, logging, threading
+import hashlib, io, logging, math, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,13 +42,25 @@ class CheckpointError(ValueError):
 def snapshot(
     obj, # Nested dicts, lists and tuples of tensors and plain values
     where='checkpoint', # For the message
+    into=None, # An older snapshot that nobody needs any more: its memory is used where it fits
 ): # The same, tensors copied to the CPU
     "A copy that later steps do not change; raises `TypeError` for anything that is not plain"
-    if isinstance(obj, torch.Tensor): return obj.detach().to('cpu', copy=True)
+    if isinstance(obj, torch.Tensor): return _copy(obj.detach(), into)
     if obj is None or type(obj) in (bool, int, float, str): return obj
-    if isinstance(obj, dict): return {snapshot(k, f'{where} key'): snapshot(v, f'{where}[{k!r}]') for k, v in obj.items()}
-    if type(obj) in (list, tuple): return type(obj)(snapshot(v, f'{where}[{i}]') for i, v in enumerate(obj))
+    if isinstance(obj, dict): return {snapshot(k, f'{where} key'): snapshot(v, f'{where}[{k!r}]', _within(into, k)) for k, v in obj.items()}
+    if type(obj) in (list, tuple): return type(obj)(snapshot(v, f'{where}[{i}]', _within(into, i)) for i, v in enumerate(obj))
     raise TypeError(f'{where} is {type(obj).__name__}; a checkpoint holds tensors and plain values only')
+
+# %% ../nbs/21_checkpoint.ipynb #ce6b3e3a
+def _copy(x, into):
+    "A copy on the CPU, in the memory of `into` where that is a tensor of the same kind; new memory costs more than the copying"
+    fits = isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (x.shape, x.dtype)
+    return into.copy_(x) if fits else x.to('cpu', copy=True)
+
+def _within(obj, key):
+    "`obj[key]`, or None where there is none"
+    try: return obj[key]
+    except (TypeError, LookupError): return None
 
 # %% ../nbs/21_checkpoint.ipynb #c003db91
 SCHEMA = 1
@@ -59,9 +72,17 @@ def to_bytes(
 )->memoryview: # An archive and a trailer with its SHA-256
     "A state as the content of a checkpoint file"
     buffer = io.BytesIO()
-    torch.save({'schema': SCHEMA, **state}, buffer)
+    with _no_crc(): torch.save({'schema': SCHEMA, **state}, buffer)
     buffer.write(_magic + hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b'\n')
     return buffer.getbuffer()
+
+@contextmanager
+def _no_crc():
+    "Torch's own checksums take longer than the archive itself, and see less than the SHA-256"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try: yield
+    finally: torch.serialization.set_crc32_options(before)
 
 def write_checkpoint(
     path, # Where it shall appear
@@ -191,9 +212,11 @@ class CheckpointWriter:
     def __init__(self,
         folder, # Run directory
         before=lambda: None, # Called in the thread before each write
+        seconds:float=None, # From one write to the next; by default 30 times what a write costs, and a best state never waits longer than that
     ):
-        self.folder, self.before = Path(folder), before
-        self._pending, self._thread, self._error, self._lock = {}, None, None, threading.Lock()
+        self.folder, self.before, self.seconds = Path(folder), before, seconds
+        self._pending, self._thread, self._error, self._lock = {}, None, None, threading.Condition()
+        self._hurry, self._cost, self._wrote, self._spare = False, 0., -math.inf, None
 
     def submit(self,
         state:dict, # As from `snapshot`; not to be changed afterwards
@@ -202,17 +225,46 @@ class CheckpointWriter:
         "Have a state written soon"
         self._raise()
         with self._lock:
-            self._pending |= {'last.pt': state} | ({'best.pt': state} if best else {})
+            before, self._pending = self._pending, {**self._pending, 'last.pt': state, **({'best.pt': state} if best else {})}
+            self._recycle(before)
+            self._lock.notify()
             if self._thread is not None: return
             self._thread = threading.Thread(target=self._work, name='checkpoint writer')
             self._thread.start()
 
     def join(self):
-        "Wait until all is written"
-        while (thread := self._thread) is not None: thread.join()
+        "Write now what is pending, and wait until it is written"
+        with self._lock:
+            self._hurry, thread = True, self._thread
+            self._lock.notify()
+        if thread is not None: thread.join()
+        self._hurry = False
         self._raise()
 
 # %% ../nbs/21_checkpoint.ipynb #e509be6b
+@patch
+def wait(self:CheckpointWriter,
+    best:bool=False # For a state that is the best so far
+)->float: # Seconds until the next write may begin
+    "How long a state submitted now would wait"
+    usual = 30*self._cost
+    least = usual if self.seconds is None else min(usual, self.seconds) if best else self.seconds
+    return max(0., self._wrote + least - time.monotonic())
+
+@patch
+def spare(self:CheckpointWriter): # A state, or None
+    "A state that nobody needs any more, whose memory the next snapshot can use; given once"
+    with self._lock:
+        spare, self._spare = self._spare, None
+        return spare
+
+@patch
+def _recycle(self:CheckpointWriter, states):
+    "Of states by file name, keep one that is not pending as the spare one"
+    for s in states.values():
+        if all(s is not p for p in self._pending.values()): self._spare = s
+
+# %% ../nbs/21_checkpoint.ipynb #06219bf5
 @patch
 def _raise(self:CheckpointWriter):
     "Raise the error of the thread, once"
@@ -221,22 +273,27 @@ def _raise(self:CheckpointWriter):
 
 @patch
 def _work(self:CheckpointWriter):
-    "Write what is pending until nothing is"
+    "Write what is pending, each time when its time has come, until nothing is"
     while True:
         with self._lock:
+            while self._pending and not self._hurry and (seconds := self.wait('best.pt' in self._pending)) > 0: self._lock.wait(seconds)
             pending, self._pending = self._pending, {}
             if not pending: self._thread = None
         if not pending: return
         try: self._write(pending)
         except BaseException as e: self._error = e
 
+# %% ../nbs/21_checkpoint.ipynb #6a055bc7
 @patch
 def _write(self:CheckpointWriter, pending):
-    "Best first; a state that is both is packed once"
+    "Best first; a state that is both is packed once. The cost is the processor's time: waiting for the disk costs nobody anything"
+    self._wrote, began = time.monotonic(), time.thread_time()
     self.before()
     packed = {id(s): to_bytes(s) for s in pending.values()}
     for name in ('best.pt', 'last.pt'):
         if name in pending: publish(self.folder/name, packed[id(pending[name])])
+    self._cost = time.thread_time() - began
+    with self._lock: self._recycle(pending)
 
 # %% ../nbs/21_checkpoint.ipynb #dc1f4e98
 def load_model(

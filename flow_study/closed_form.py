@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ClosedForm', 'ZeroVelocity', 'GaussianVelocity', 'UnitGaussianVelocity', 'principal_axes', 'expected_loss', 'shrunk',
-           'choose_shrinkage', 'ShrunkGaussianVelocity', 'some_rows', 'MemoriserVelocity', 'ValidationBank',
-           'HeldOutLoss', 'held_out_loss', 'LossByTime', 'loss_by_t', 'Yardsticks', 'yardsticks', 'how_to_read',
-           'Verdict', 'paired_gain', 'verdict', 'plot_yardsticks']
+           'choose_shrinkage', 'ShrunkGaussianVelocity', 'some_rows', 'rows_to_fit', 'MemoriserVelocity',
+           'ValidationBank', 'HeldOutLoss', 'held_out_loss', 'LossByTime', 'loss_by_t', 'Yardsticks', 'yardsticks',
+           'how_to_read', 'Verdict', 'paired_gain', 'verdict', 'plot_yardsticks']
 
 # %% ../nbs/08_closed_form.ipynb #52c9e63e
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import mse_loss
 from fastcore.basics import patch
 
 from .config import bad_value
@@ -169,6 +170,14 @@ def some_rows(
     if len(x) <= n: return x
     return x[torch.randperm(len(x), generator=keyed_generator(0, 'some_rows'))[:n].sort().values]
 
+# %% ../nbs/08_closed_form.ipynb #06de363d
+def rows_to_fit(
+    dataset:FlowDataset, # Training rows
+    n:int=20_000, # Rows taken of a table that stays in its file
+)->torch.Tensor: # (m, d), normalised
+    "What a closed form or a flow is fitted to: all rows of a table in memory, a keyed subset of one in a file"
+    return some_rows(dataset, n) if dataset.mapped and len(dataset) > n else dataset.x
+
 # %% ../nbs/08_closed_form.ipynb #b418c7ab
 class MemoriserVelocity(ClosedForm):
     "The optimal velocity where data are exactly these rows"
@@ -266,7 +275,7 @@ def held_out_loss(
     bank:ValidationBank, # What to measure on
 )->HeldOutLoss:
     "The mean squared error of a velocity on a bank, row by row"
-    errors = torch.cat([(velocity(x_t, t).float() - u_t).square().mean(1) for t, x_t, u_t in bank])
+    errors = torch.cat([mse_loss(velocity(x_t, t).float(), u_t, reduction='none').mean(1) for t, x_t, u_t in bank])
     return HeldOutLoss(errors.reshape(bank.draws, -1).double().mean(0).cpu())
 
 # %% ../nbs/08_closed_form.ipynb #d1dd7b9f
@@ -288,7 +297,7 @@ def loss_by_t(
 )->LossByTime:
     "The mean squared error of a velocity on a bank, by the time of the example"
     if type(bins) is not int or bins < 1: raise bad_value('bins', bins, 'a whole number, at least 1')
-    t, errors = zip(*((t, (velocity(x_t, t).float() - u_t).square().mean(1)) for t, x_t, u_t in bank))
+    t, errors = zip(*((t, mse_loss(velocity(x_t, t).float(), u_t, reduction='none').mean(1)) for t, x_t, u_t in bank))
     part, e = (torch.cat(t)*bins).long().clamp(max=bins - 1).cpu(), torch.cat(errors).double().cpu()
     n = part.bincount(minlength=bins)
     mean = torch.zeros(bins, dtype=e.dtype).index_add(0, part, e)/n

@@ -6,7 +6,7 @@
 __all__ = ['PROTOCOL', 'bad_value', 'unknown_name', 'check_name', 'ProtocolWarning', 'TrainingConfig', 'default_stats_path']
 
 # %% ../nbs/00_config.ipynb #a8ec2119
-import difflib, json, math, warnings
+import difflib, html, json, math, warnings
 from dataclasses import dataclass, fields, MISSING
 from pathlib import Path
 
@@ -81,6 +81,8 @@ _rules = {
     'net_dropout':  (lambda v: 0 <= v < 1,    'from 0 up to, but not including, 1'),
     'cond_dropout': (lambda v: 0 <= v < 1,    'from 0 up to, but not including, 1'),
     'ema_snapshots':(lambda v: v >= 0,        'at least 0'),
+    'precision':    (lambda v: v in ('fp32', 'bf16'), "'fp32' or 'bf16'"),
+    'compile':      (lambda v: v in ('auto', 'off', 'on'), "'auto', 'off' or 'on'"),
     'pairs':        (lambda v: v and '\0' not in v, 'a file'),
     'seed':         (lambda v: 0 <= v < 2**63, 'from 0 to 2**63 - 1'),
     'group':        (lambda v: v.strip(),     'a name that is not empty'),
@@ -100,7 +102,7 @@ class _Validated:
         for k, (value, locked) in self.overrides.items():
             warnings.warn(f'{k}={value} is off protocol (locked at {locked})', ProtocolWarning, stacklevel=3)
 
-# %% ../nbs/00_config.ipynb #decd8b08
+# %% ../nbs/00_config.ipynb #137e7f1e
 @dataclass(kw_only=True, frozen=True)
 class TrainingConfig(_Validated):
     "Every choice that has an effect on a run; validated on construction, then frozen"
@@ -142,6 +144,8 @@ class TrainingConfig(_Validated):
     ema_warmup:bool=True # Let the average forget the initial weights early in the run
     ema_snapshots:int=0 # Snapshots of two more averages, from which one of any length is made afterwards
     shorten_warmup:bool=True # Use a tenth of the run where `warmup_steps` exceeds the run
+    precision:str='fp32' # `fp32`, or `bf16` for matrix products in bfloat16 while training
+    compile:str='auto' # Compile the step, `on` or `off`; `auto` does so in runs long enough to win by it
     name:str=None # Name of the run directory, instead of `{arch}-{flow}-{dataset}-{aug}`
 
 # %% ../nbs/00_config.ipynb #721c412e
@@ -214,6 +218,15 @@ def diff(self:TrainingConfig, other:TrainingConfig)->dict: # `{field: (mine, the
     "The fields in which two configs differ"
     mine, theirs = self.to_dict(), other.to_dict()
     return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}
+
+# %% ../nbs/00_config.ipynb #90db0c3f
+@patch
+def _repr_html_(self:TrainingConfig):
+    def line(f):
+        value, mark = html.escape(str(getattr(self, f.name))), ' (off protocol)' if f.name in self.overrides else ''
+        value = value if getattr(self, f.name) == f.default else f'<b>{value}</b>'
+        return f'<tr><td style="text-align:left">{f.name}</td><td style="text-align:left">{value}{mark}</td></tr>'
+    return f"<table>{''.join(map(line, fields(self)))}</table>"
 
 # %% ../nbs/00_config.ipynb #2828996e
 @patch

@@ -200,8 +200,8 @@ register_encoder('sonar', encode_sonar, package='sonar-space')
 def _read_pt(path):
     "The table and, where known, the texts of a `.pt` file"
     import torch
-    from flow_study.data import DataError, why_refused
-    try: d = torch.load(path, map_location='cpu', weights_only=True)
+    from flow_study.data import MAPPED_FILE, DataError, why_refused
+    try: d = torch.load(path, map_location='cpu', weights_only=True, mmap=Path(path).stat().st_size > MAPPED_FILE)
     except Exception as e: raise DataError(f'{path} is refused: {why_refused(e)}') from e
     if isinstance(d, torch.Tensor): return d, None
     if not isinstance(d, dict): raise DataError(f'{path} holds {type(d).__name__}, expected a tensor or a dict with one')
@@ -221,13 +221,13 @@ def _pick_table(path, tensors):
 
 # %% ../nbs/05_corpus.ipynb #2ceaf4d4
 def _read_npy(path):
-    "The table of a `.npy` file"
+    "The table of a `.npy` file; a large one stays in its file"
     import numpy as np
-    from flow_study.data import DataError
-    try: x = np.load(path, allow_pickle=False)
+    from flow_study.data import MAPPED_FILE, DataError
+    try: x = np.load(path, allow_pickle=False, mmap_mode='c' if Path(path).stat().st_size > MAPPED_FILE else None)
     except Exception as e: raise DataError(f'{path} is refused: it is damaged or holds more than numbers ({type(e).__name__})') from e
     if not isinstance(x, np.ndarray) or x.dtype.kind not in 'fiu': raise DataError(f'{path}: expected one array of numbers')
-    return x.astype(x.dtype.newbyteorder('=')), None  # torch takes the byte order of this machine only
+    return x.astype(x.dtype.newbyteorder('='), copy=False), None  # torch takes the byte order of this machine only
 
 def _read_safetensors(path):
     "The table of a `.safetensors` file"
@@ -296,9 +296,8 @@ def _texts_sha256(texts): return _sha256([json.dumps(list(texts)).encode()])
 
 def _table_sha256(x):
     "The fingerprint of a table, the same as a `FlowDataset` of these rows has"
-    from flow_study.data import as_table
-    x = as_table(x)
-    return _sha256([f'{len(x)}x{x.shape[1]}:'.encode(), x.contiguous().numpy().tobytes()])
+    from flow_study.data import as_table, table_sha256
+    return table_sha256(as_table(x))
 
 # %% ../nbs/05_corpus.ipynb #b3f0f4d8
 def _request(source, texts, encoder, options, sizes, max_cosine, seed):
@@ -445,7 +444,7 @@ def _build(data_dir, source, texts, request, options, overwrite):
     for size in request['sizes']: parse_size(size, 10)  # a wrong size is heard before an hour of encoding
     with _whole_folder(data_dir, overwrite) as folder:
         x, texts = _table(source, texts, request['encoder'], options)
-        splits = make_splits(x, texts, request['sizes'], request['seed'], request['max_cosine'])
+        splits = make_splits(x, texts, request['sizes'], request['seed'], request['max_cosine'], scratch=folder)
         save_splits(splits, folder)
         record = _record(request, source, x, texts, splits, folder)
         publish_json(folder/'corpus.json', record)

@@ -25,7 +25,7 @@ def ema_decay(
 
 # %% ../nbs/18_ema.ipynb #c560c167
 def changing_buffers(
-    model:nn.Module
+    model:nn.Module # Any
 )->dict: # Name to buffer
     "The buffers of a model, without those of modules that declare `constant_buffers`"
     return {name: b for prefix, m in model.named_modules() if not getattr(m, 'constant_buffers', False)
@@ -44,6 +44,7 @@ class EMAModel:
         self.params = {k: p.detach().clone() for k, p in model.named_parameters()}
         self.buffers = {k: b.detach().clone() for k, b in changing_buffers(model).items()}
         self._backup = None # The model's own weights, while the average is in their place
+        self._model, self._weights = None, [] # The model of the last update and its parameters
 
     @torch.no_grad()
     def update(self,
@@ -54,25 +55,25 @@ class EMAModel:
         if self._backup is not None: raise RuntimeError('the average is applied to the model: call restore(model) before update')
         weight = 1 - ema_decay(self.n, self.decay, self.warmup)
         if live is not None: weight = [weight*live]*len(self.params)
-        torch._foreach_lerp_(list(self.params.values()), [p.detach() for p in model.parameters()], weight)
-        for k, b in changing_buffers(model).items(): self.buffers[k].copy_(b)
+        if self._model is not model: self._model, self._weights = model, list(model.parameters())
+        torch._foreach_lerp_(list(self.params.values()), self._weights, weight)
+        if self.buffers:
+            for k, b in changing_buffers(model).items(): self.buffers[k].copy_(b)
         self.n += 1
 
 # %% ../nbs/18_ema.ipynb #430ac4e1
 @patch
-@torch.no_grad()
 def apply(self:EMAModel, model:nn.Module):
-    "Put the average into the model; its own weights are kept for `restore`"
+    "Let the model's parameters look at the average; their own memory is kept for `restore`"
     if self._backup is not None: raise RuntimeError('the average is applied already: call restore(model) first')
-    self._backup = [p.detach().clone() for p in model.parameters()]
-    torch._foreach_copy_([p.detach() for p in model.parameters()], list(self.params.values()))
+    self._backup = [p.data for p in model.parameters()]
+    for p, average in zip(model.parameters(), self.params.values(), strict=True): p.data = average
 
 @patch
-@torch.no_grad()
 def restore(self:EMAModel, model:nn.Module):
-    "Put the model's own weights back"
+    "Let the model's parameters look at their own memory again"
     if self._backup is None: raise RuntimeError('nothing to restore: call apply(model) first')
-    torch._foreach_copy_([p.detach() for p in model.parameters()], self._backup)
+    for p, own in zip(model.parameters(), self._backup, strict=True): p.data = own
     self._backup = None
 
 @patch

@@ -32,20 +32,21 @@ def _existing_parent(path):
 # %% ../nbs/02_files.ipynb #9f140e20
 def publish(
     path, # Where the file shall appear
-    data, # Its content, one bytes-like object
+    data, # Its content, one bytes-like object; or a function that writes it into an open file, for what should not be in memory twice
     durable:bool=True, # Make it last through a power cut; without, it is whole but may be the old one after that
+    n_bytes:int=None, # Of the content, for the message when it does not fit; known where it is bytes-like
 )->Path: # `path`
     "Write a file beside its place, force it to the disk, rename; raise `WriteError` when that fails"
-    path, view = Path(path), memoryview(data)
+    path, view = Path(path), None if callable(data) else memoryview(data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as f:
-            f.write(view)
+            data(f) if view is None else f.write(view)
             f.flush()
             if durable: os.fsync(f.fileno())
             os.replace(f.name, path)
         if durable: sync_folder(path.parent)
-    except OSError as e: raise write_error(path, view.nbytes, e) from e
+    except OSError as e: raise write_error(path, n_bytes or 0 if view is None else view.nbytes, e) from e
     return path
 
 # %% ../nbs/02_files.ipynb #bf269b94

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import flow_study.dit, flow_study.mamba, flow_study.unet  # they register their networks
-from .closed_form import GaussianVelocity
+from .closed_form import GaussianVelocity, rows_to_fit
 from .config import TrainingConfig, bad_value
 from .data import FlowDataset
 from .draws import draw_key
@@ -58,7 +58,7 @@ def _base_of(config, train):
     flow = build_flow(config, train.stats)
     if flow.marginal is None and not config.precond: return None, None
     if flow.marginal is None: raise bad_value('precond', kind, f"'none' for {config.flow} with this source: it has no closed form")
-    base = fit_base(kind, train.x, flow.marginal)
+    base = fit_base(kind, rows_to_fit(train), flow.marginal)
     options = {k: v for k, v in dict(sigma=config.sigma, pairs=config.pairs).items() if v is not None}
     rank = base.basis.shape[1] if isinstance(base, GaussianVelocity) else None
     return base, dict(kind=kind, rank=rank, flow=config.flow, options=options)

@@ -24,22 +24,42 @@ from .files import publish
 _logger = logging.getLogger(__name__)
 
 # %% ../nbs/22_sampling.ipynb #1cc661df
-def euler_step(v, x, t, s):
+def euler_step(
+    v, # Velocity, a function of x and t
+    x, # (n, d) at time `t`
+    t, # Where the step begins
+    s, # Where it ends
+): # (n, d) at time `s`
     "Euler's method: order 1, 1 evaluation a step"
     return x + (s - t)*v(x, t)
 
-def midpoint_step(v, x, t, s):
+def midpoint_step(
+    v, # Velocity, a function of x and t
+    x, # (n, d) at time `t`
+    t, # Where the step begins
+    s, # Where it ends
+): # (n, d) at time `s`
     "Explicit midpoint rule: order 2, 2 evaluations a step; also called modified Euler, or RK2"
     h = s - t
     return x + h*v(x + h/2*v(x, t), t + h/2)
 
-def heun_step(v, x, t, s):
+def heun_step(
+    v, # Velocity, a function of x and t
+    x, # (n, d) at time `t`
+    t, # Where the step begins
+    s, # Where it ends
+): # (n, d) at time `s`
     "Heun's method: order 2, 2 evaluations a step; also explicit trapezoidal rule, improved Euler, `heun2` in torchdiffeq"
     h, a = s - t, v(x, t)
     return x + h/2*(a + v(x + h*a, s))
 
 # %% ../nbs/22_sampling.ipynb #fd893895
-def rk4_step(v, x, t, s):
+def rk4_step(
+    v, # Velocity, a function of x and t
+    x, # (n, d) at time `t`
+    t, # Where the step begins
+    s, # Where it ends
+): # (n, d) at time `s`
     "Kutta's 3/8 rule: order 4, 4 evaluations a step; `rk4` in torchdiffeq"
     h = s - t
     a = v(x, t)
@@ -82,7 +102,9 @@ def _checked_times(times):
 # %% ../nbs/22_sampling.ipynb #65636b8b
 class CountedVelocity:
     "A velocity that counts its calls in `nfe`"
-    def __init__(self, velocity): self.velocity, self.nfe = velocity, 0
+    def __init__(self,
+        velocity # Function of x (n, d) and t ()
+    ): self.velocity, self.nfe = velocity, 0
 
     def __call__(self, x, t):
         self.nfe += 1

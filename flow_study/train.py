@@ -37,7 +37,7 @@ def _one_of(*known):
         raise argparse.ArgumentTypeError(unknown_name('value', value, known))
     return check
 
-# %% ../nbs/30_train.ipynb #4f92879e
+# %% ../nbs/30_train.ipynb #7b3593e1
 def _add_how(p):
     "Options that say how runs are carried out"
     p.add_argument('--device', default='auto', type=_one_of('auto', 'cuda', 'cpu'), metavar='NAME', help='where to train: auto, cuda or cpu (default auto)')
@@ -46,7 +46,7 @@ def _add_how(p):
     p.add_argument('--wandb-project', default='flow-matching-study', metavar='NAME', help='project in W&B (default %(default)s)')
     p.add_argument('--wandb-mode', type=_one_of('online', 'offline', 'disabled'), metavar='MODE', help='online, offline or disabled; by default online with a key, offline without')
     p.add_argument('--wandb-upload', action='store_true', help='upload the best checkpoint to W&B')
-    p.add_argument('--checkpoint-seconds', type=float, default=0., metavar='S', help='seconds at least between two last.pt (default 0: every epoch)')
+    p.add_argument('--checkpoint-seconds', type=float, metavar='S', help='seconds from one last.pt to the next, 0 for every epoch (default: as many as keep writing to a thirtieth of the time)')
 
 # %% ../nbs/30_train.ipynb #20601e30
 def _parser():

@@ -54,7 +54,7 @@ def outcome(config):
     result = trainer.train()
     average = torch.cat([p.flatten() for p in trainer.ema.params.values()]).tolist()
     return dict(lines=listener.lines, average=average, snapshots=len(list((config.run_dir/'averages').glob('*.pt'))), epochs=result['epochs_run'], run_dir=result['run_dir'],
-                vals=sum('val/loss' in d for d in listener.lines), first=listener.lines[0]['train/loss'], rows=len(train), name=listener.run['run_name'])
+                vals=sum('val/loss' in d for d in listener.lines), first=listener.lines[0]['train/loss'], rows=len(train), name=listener.run['run_name'], path=trainer.path)
 
 
 # Field to another value, what else to set for both, and what then differs.
@@ -96,6 +96,8 @@ EFFECTS = {
     'dropout_p': (0.5, {'aug': 'dropout'}, 'first'),
     'ema_warmup': (False, {}, 'average'),
     'shorten_warmup': (False, {'warmup_steps': 500}, 'average'),
+    'precision': ('bf16', {}, 'first'),
+    'compile': ('on', {'compile': 'off'}, 'path'),
     'name': ('mine', {}, 'name'),
 }
 PATHS = {'data_dir', 'stats_path', 'pairs', 'source'}
