@@ -31,6 +31,9 @@ _public = {
     'runs': 'list_runs prune_runs',
     'tracking': 'ProgressTracker Tracker WandbTracker',
     'trainer': 'FlowTrainer NonFiniteError choose_average',
+    'statistics': 'compare_arms mean_ranks paired_test plot_ranks seed_interval seeds_needed',
+    'engines': 'Engine register_engine',
+    'study': 'Leaderboard Results Study expand_grid',
     'reader': 'Run',
     'dashboard': 'Dashboard',
 }

@@ -37,7 +37,18 @@ def _one_of(*known):
         raise argparse.ArgumentTypeError(unknown_name('value', value, known))
     return check
 
-# %% ../nbs/30_train.ipynb #a3335f4f
+# %% ../nbs/30_train.ipynb #7b3593e1
+def _add_how(p):
+    "Options that say how runs are carried out"
+    p.add_argument('--device', default='auto', type=_one_of('auto', 'cuda', 'cpu'), metavar='NAME', help='where to train: auto, cuda or cpu (default auto)')
+    p.add_argument('--gpu', default='1', metavar='N', help='number (as in nvidia-smi) or UUID of the GPU (default 1)')
+    p.add_argument('--require-gpu', action='store_true', help='fail when it is not the GPU that the study uses')
+    p.add_argument('--wandb-project', default='flow-matching-study', metavar='NAME', help='project in W&B (default %(default)s)')
+    p.add_argument('--wandb-mode', type=_one_of('online', 'offline', 'disabled'), metavar='MODE', help='online, offline or disabled; by default online with a key, offline without')
+    p.add_argument('--wandb-upload', action='store_true', help='upload the best checkpoint to W&B')
+    p.add_argument('--checkpoint-seconds', type=float, metavar='S', help='seconds from one last.pt to the next, 0 for every epoch (default: as many as keep writing to a thirtieth of the time)')
+
+# %% ../nbs/30_train.ipynb #20601e30
 def _parser():
     "The options of `flow_study_train`"
     p = Parser('flow_study_train', description='Train a velocity network on a table of embeddings.')
@@ -46,13 +57,7 @@ def _parser():
     o.add_argument('--config', metavar='FILE', help='take the run from a JSON file, such as the config.json of another run')
     o.add_argument('--resume', metavar='PATH', help='go on from a checkpoint, a run directory or a run name; needs no other option')
     o.add_argument('--allow-config-change', action='store_true', help='resume although options or data differ from the checkpoint')
-    o.add_argument('--device', default='auto', type=_one_of('auto', 'cuda', 'cpu'), metavar='NAME', help='where to train: auto, cuda or cpu (default auto)')
-    o.add_argument('--gpu', default='1', metavar='N', help='number (as in nvidia-smi) or UUID of the GPU (default 1)')
-    o.add_argument('--require-gpu', action='store_true', help='fail when it is not the GPU that the study uses')
-    o.add_argument('--wandb-project', default='flow-matching-study', metavar='NAME', help='project in W&B (default %(default)s)')
-    o.add_argument('--wandb-mode', type=_one_of('online', 'offline', 'disabled'), metavar='MODE', help='online, offline or disabled; by default online with a key, offline without')
-    o.add_argument('--wandb-upload', action='store_true', help='upload the best checkpoint to W&B')
-    o.add_argument('--checkpoint-seconds', type=float, metavar='S', help='seconds from one last.pt to the next, 0 for every epoch (default: as many as keep writing to a thirtieth of the time)')
+    _add_how(o)
     return p
 
 # %% ../nbs/30_train.ipynb #07d5ab14

@@ -558,6 +558,7 @@ def _start(self:FlowTrainer, from_here, same):
     self.state, self._clock, self.reason = 'running', time.monotonic(), None
     run.set_status(state='running', run_name=self.config.run_name, epochs=self.config.epochs, steps_per_epoch=len(self.loader),
         patience=self.config.patience, warmup_steps=self.warmup_steps, overrides=self.config.overrides, path=self.path, device=device_record(self.device),
+        parameters=sum(p.numel() for p in self.params.values()),
         stats_source=self.train_dataset.stats.source if self.train_dataset.stats else None, epoch=self.current_epoch, step=self.global_step,
         best_val_loss=self.best_val_loss, reason=None, verdict=None)
     self._listeners = [RunDirTracker(run), *self.trackers]

@@ -97,13 +97,14 @@ def test_misspelt_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match='TrainingConfg'): flow_study.TrainingConfg
 
 
-@pytest.mark.parametrize('module', ['config', 'rundir', 'runs', 'sampling', 'metrics', 'device', 'train'])
+@pytest.mark.parametrize('module', ['config', 'rundir', 'runs', 'sampling', 'metrics', 'device', 'train', 'statistics', 'engines', 'study'])
 def test_module_imports_without_torch(module):
     assert python(f"import flow_study.{module}, sys; print('torch' in sys.modules)").strip() == 'False'
 
 
-def test_help_without_torch():
-    code = ("import sys; sys.argv = ['flow_study_train', '--help']\nfrom flow_study.train import main\n"
+@pytest.mark.parametrize('script, module', [('flow_study_train', 'train'), ('flow_study_sweep', 'study')])
+def test_help_without_torch(script, module):
+    code = (f"import sys; sys.argv = ['{script}', '--help']\nfrom flow_study.{module} import main\n"
             "try: code = main()\nexcept SystemExit as e: code = e.code\nprint(code or 0, 'torch' in sys.modules)")
     out = python(code)
     assert out.splitlines()[-1] == '0 False'
