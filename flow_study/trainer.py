@@ -229,6 +229,7 @@ class _Compiled:
             if self.trainer.config.compile == 'on': raise RuntimeError(f'the step cannot be compiled (`--compile off` trains without): {e}') from e
             _logger.warning('not compiled: %s', str(e).partition('\n')[0])
             self.trainer.path, self.trainer._compiled = 'eager', None
+            if self.trainer.run_dir: self.trainer.run_dir.set_status(path='eager')
             return self.trainer.loss_step(*args)
         return loss
 
