@@ -24,7 +24,7 @@ _public = {
     'power_ema': 'PowerEMA',
     'schedule': 'get_cosine_schedule_with_warmup',
     'checkpoint': 'CheckpointError get_checkpoint_path load_checkpoint load_checkpoint_with_stats_check load_model save_checkpoint',
-    'sampling': 'SolverError cfg_zero_star guided log_likelihood make_pairs nearest_texts sample shifted_grid solve uniform_grid',
+    'sampling': 'SolverError cfg_zero_star conditioned guided log_likelihood make_pairs nearest_texts sample shifted_grid solve uniform_grid',
     'metrics': 'compare_samples energy_distance evaluate measure mmd register_metric sliced_wasserstein',
     'device': 'GPUError choose_gpu gpu_readings list_gpus pick_device set_seed verify_gpu',
     'rundir': 'RunDirError RunLockedError read_metrics read_status request',

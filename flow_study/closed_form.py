@@ -11,6 +11,7 @@ __all__ = ['ClosedForm', 'ZeroVelocity', 'GaussianVelocity', 'UnitGaussianVeloci
 # %% ../nbs/08_closed_form.ipynb #52c9e63e
 import math
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -273,9 +274,11 @@ class HeldOutLoss:
 def held_out_loss(
     velocity, # Function of x (b, d) and t (b,), a network or a closed form
     bank:ValidationBank, # What to measure on
+    cond:bool=False, # Hand the velocity the condition of each row as well
 )->HeldOutLoss:
     "The mean squared error of a velocity on a bank, row by row"
-    errors = torch.cat([mse_loss(velocity(x_t, t).float(), u_t, reduction='none').mean(1) for t, x_t, u_t in bank])
+    told = ([c] for c in bank.cond.split(bank.block)) if cond else repeat(())
+    errors = torch.cat([mse_loss(velocity(x_t, t, *c).float(), u_t, reduction='none').mean(1) for (t, x_t, u_t), c in zip(bank, told)])
     return HeldOutLoss(errors.reshape(bank.draws, -1).double().mean(0).cpu())
 
 # %% ../nbs/08_closed_form.ipynb #d1dd7b9f

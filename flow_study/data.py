@@ -64,7 +64,7 @@ def save_plain(
 # %% ../nbs/04_data.ipynb #40d9737b
 def in_blocks(
     x:torch.Tensor, # (n, d)
-    numbers:int=2**24, # In a block, at most
+    numbers:int=2**22, # In a block, at most
 ): # Tensors (m, d), one after the other
     "The rows of a table that may be larger than memory, some at a time"
     return x.split(max(1, numbers//x.shape[1]))
@@ -336,7 +336,7 @@ def make_splits(
     seed:int=42, # Decides the order of the rows
     max_cosine:float=0.95, # Of two rows more alike than this, the later one is dropped first
     near_duplicate_rows:int=100_000, # Above this many rows only exact duplicates are dropped
-    scratch=None, # Folder for splits of more than `RESIDENT_BYTES` until they are saved; by default that for temporary files
+    scratch=None, # Folder for splits of more than `MAPPED_FILE` bytes until they are saved; by default that for temporary files
 )->dict: # `{size: {'train' | 'val' | 'test': split}}`, each split a dict as it lies on disk
     "Nested train, validation and test splits without near-duplicates"
     x = as_table(embeddings)
@@ -381,7 +381,7 @@ def take_rows(
     folder=None, # For the file, where they are too many for memory
 )->torch.Tensor: # (m, d)
     "`x[rows]`, in memory or in a file without a name"
-    if len(rows)*x.shape[1]*4 <= RESIDENT_BYTES: return x[rows]
+    if len(rows)*x.shape[1]*4 <= MAPPED_FILE: return x[rows]
     with tempfile.NamedTemporaryFile(dir=folder) as f: taken = torch.from_file(f.name, shared=True, size=len(rows)*x.shape[1]).view(len(rows), -1)
     for to, i in zip(in_blocks(taken), rows.split(len(next(iter(in_blocks(taken)))))): torch.index_select(x, 0, i, out=to)
     return taken

@@ -14,7 +14,10 @@ from .layers import Modulated, TimeAndCondition, Tokens, register_model, zeroed
 # %% ../nbs/12_dit.ipynb #b6d8480b
 class SelfAttention(nn.Module):
     "Every token looks at every other one"
-    def __init__(self, width, heads):
+    def __init__(self,
+        width:int, # Of a token
+        heads:int, # That share the width
+    ):
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(width, 3*width), nn.Linear(width, width)
 
@@ -26,7 +29,12 @@ class SelfAttention(nn.Module):
 # %% ../nbs/12_dit.ipynb #016ea267
 class DiTBlock(nn.Module):
     "Attention and a hidden layer, both modulated and gated by time"
-    def __init__(self, width, features, heads, dropout=0.):
+    def __init__(self,
+        width:int, # Of a token
+        features:int, # Width of the features of time
+        heads:int, # Of attention
+        dropout:float=0., # Of what is added
+    ):
         super().__init__()
         self.norm1, self.norm2, self.gates = Modulated(width, features), Modulated(width, features), zeroed(nn.Linear(features, 2*width))
         self.attention, self.dropout = SelfAttention(width, heads), nn.Dropout(dropout)

@@ -55,7 +55,9 @@ def near_zero(
         layer.bias.zero_()
     return layer
 
-def zeroed(layer:nn.Linear)->nn.Linear: # `layer`
+def zeroed(
+    layer:nn.Linear # Set to zero in place
+)->nn.Linear: # `layer`
     "A layer that starts at exactly zero"
     return near_zero(layer, 0.)
 
@@ -81,7 +83,10 @@ class TimeAndCondition(nn.Module):
 # %% ../nbs/10_layers.ipynb #4252fae3
 class LabelEmbedding(nn.Module):
     "A vector for each label, and one for none"
-    def __init__(self, classes, width):
+    def __init__(self,
+        classes:int, # Labels there are
+        width:int, # Of the features
+    ):
         super().__init__()
         self.classes, self.table = classes, nn.Embedding(classes + 1, width)
 
@@ -92,7 +97,10 @@ class LabelEmbedding(nn.Module):
 
 class VectorEmbedding(nn.Module):
     "A linear map of the condition, and a learned vector for none"
-    def __init__(self, cond_dim, width):
+    def __init__(self,
+        cond_dim:int, # Width of the conditions
+        width:int, # Of the features
+    ):
         super().__init__()
         self.cond_dim, self.map, self.none = cond_dim, nn.Linear(cond_dim, width), nn.Parameter(torch.zeros(width))
 
@@ -131,10 +139,12 @@ class Tokens(nn.Module):
         self.out = zeroed(nn.Linear(width, self.piece))
 
     def cut(self, x): # (b, dim) -> (b, count, width)
+        "A vector as tokens"
         x = nn.functional.pad(x, (0, self.count*self.piece - self.dim))
         return self.into(x.reshape(len(x), self.count, self.piece)) + self.place
 
     def join(self, h): # (b, count, width) -> (b, dim)
+        "Tokens as a vector"
         return self.out(h).flatten(1)[:, :self.dim]
 
 # %% ../nbs/10_layers.ipynb #05798b21

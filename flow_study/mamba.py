@@ -34,7 +34,14 @@ try: from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as _ke
 except ImportError: _kernel = None
 
 # %% ../nbs/14_mamba.ipynb #29e844fc
-def selective_scan(u, delta, a, b, c, d): # as for `plain_scan`
+def selective_scan(
+    u:torch.Tensor, # (b, n, e) inputs of e channels
+    delta:torch.Tensor, # (b, n, e) steps, above 0
+    a:torch.Tensor, # (e, s), below 0
+    b:torch.Tensor, # (b, n, s)
+    c:torch.Tensor, # (b, n, s)
+    d:torch.Tensor, # (e,)
+)->torch.Tensor: # (b, n, e)
     "The selective scan by the fused kernel where it is installed and fits, else in plain PyTorch"
     if _kernel is None or not u.is_cuda: return plain_scan(u, delta, a, b, c, d)
     last = lambda x: x.transpose(1, 2).contiguous()
@@ -43,7 +50,13 @@ def selective_scan(u, delta, a, b, c, d): # as for `plain_scan`
 # %% ../nbs/14_mamba.ipynb #9e31a444
 class MambaBlock(nn.Module):
     "A selective state-space block, modulated by time, beside an identity"
-    def __init__(self, width, features, states=8, kernel=3, dropout=0.):
+    def __init__(self,
+        width:int, # Of a token
+        features:int, # Width of the features of time
+        states:int=8, # Numbers a channel remembers
+        kernel:int=3, # Tokens that the convolution mixes
+        dropout:float=0., # Of what is added
+    ):
         super().__init__()
         inner, self.states, self.rank, self.kernel = 2*width, states, max(1, width//16), kernel
         self.norm, self.into = Modulated(width, features), nn.Linear(width, 2*inner)

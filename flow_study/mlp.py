@@ -49,7 +49,12 @@ register_model('mlp-plain', VelocityMLP);
 # %% ../nbs/11_mlp.ipynb #88884bc0
 class ResidualBlock(nn.Module):
     "Norm, modulation, one hidden layer and dropout beside an identity"
-    def __init__(self, width, features, expand=1., dropout=0.):
+    def __init__(self,
+        width:int, # Of the block
+        features:int, # Width of the features of time
+        expand:float=1., # Width of the hidden layer, as a multiple
+        dropout:float=0., # Of the hidden layer
+    ):
         super().__init__()
         hidden = round(width*expand)
         self.norm, self.up, self.down = Modulated(width, features), nn.Linear(width, hidden), zeroed(nn.Linear(hidden, width))
@@ -75,7 +80,7 @@ class ResidualMLP(nn.Module):
         self.features = TimeAndCondition(features, classes, cond_dim)
         self.into = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, features, dropout=dropout) for _ in range(blocks))
-        self.norm, self.out, self.skip = nn.LayerNorm(width), zeroed(nn.Linear(width, dim)), zeroed(nn.Linear(features, dim))
+        self.norm, self.out, self.skip = nn.LayerNorm(width), zeroed(nn.Linear(width, dim)), zeroed(nn.Linear(features, 1))
 
     def forward(self, x, t, cond=None):
         c = self.features(t, x, cond)

@@ -97,7 +97,7 @@ def remake_model(
     return model
 
 def parameter_counts(
-    model:nn.Module
+    model:nn.Module # From `create_model` or `build_model`
 )->dict: # `learned` and `fitted`, numbers
     "How many numbers training changes, and how many were fitted to the rows before"
     base = getattr(model, 'base', None)

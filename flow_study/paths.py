@@ -111,7 +111,7 @@ def interpolate(
 )->tuple: # `x_t` and `u_t`, both (b, d)
     "The point on the path at time t and the velocity there"
     c = interpolant(t[:, None])
-    return c.alpha*x1 + c.sigma*x0, c.d_alpha*x1 + c.d_sigma*x0
+    return torch.addcmul(c.alpha*x1, c.sigma, x0), torch.addcmul(c.d_alpha*x1, c.d_sigma, x0)  # one pass less each than with `+`
 
 # %% ../nbs/06_paths.ipynb #d2f91ca4
 class Draws(NamedTuple):

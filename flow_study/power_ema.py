@@ -99,7 +99,12 @@ def snapshot(self:PowerEMA)->dict:
     "Both averages in half precision, and where they are from"
     return dict(step=self.n, exponents=list(self.exponents), params=[{k: v.detach().half().cpu() for k, v in p.items()} for p in self.params])
 
-def snapshot_path(run_dir, step:int)->Path: return Path(run_dir)/'averages'/f'{step:09d}.pt'
+def snapshot_path(
+    run_dir, # A run directory
+    step:int, # Updates made
+)->Path: # `{run_dir}/averages/{step}.pt`
+    "Where the snapshot of a step lies"
+    return Path(run_dir)/'averages'/f'{step:09d}.pt'
 
 def average_of(
     snapshots:list, # As from `snapshot`

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid', 'CountedVelocity',
-           'SolverError', 'Solution', 'solve', 'guided', 'cfg_zero_star', 'divergence', 'LogLikelihood',
+           'SolverError', 'Solution', 'solve', 'guided', 'cfg_zero_star', 'conditioned', 'divergence', 'LogLikelihood',
            'log_likelihood', 'sample', 'Neighbour', 'nearest_texts', 'make_pairs']
 
 # %% ../nbs/22_sampling.ipynb #e792ad0a
@@ -280,6 +280,14 @@ def _optimal_scale(c, u):
     c2, u2 = c.flatten(1), u.flatten(1)
     return ((c2*u2).sum(1)/u2.square().sum(1).clamp(min=1e-30)).reshape(-1, *[1]*(c.ndim - 1))
 
+# %% ../nbs/22_sampling.ipynb #c75a1158
+def conditioned(
+    network, # Takes x (n, d), t and a condition
+    cond, # A label or a vector for all rows, or one for each row
+): # A velocity
+    "The velocity of a conditional network under one condition"
+    return lambda x, t: network(x, t, cond)
+
 # %% ../nbs/22_sampling.ipynb #aa2a55c4
 def divergence(
     velocity, # Function of x (n, d) and t (); a row's velocity depends on that row alone
@@ -447,6 +455,15 @@ def _flowed(model, device, n, stream, method='heun', steps=None, times=None, see
     _logger.info('%s samples of %s numbers by %s: %s evaluations', f'{n:,}', f'{d:,}', method, nfe)
 
 # %% ../nbs/22_sampling.ipynb #8adcafce
+def _guided_by(cond, guidance, wrap):
+    "What a condition makes of the velocity of a network, before it is wrapped otherwise"
+    def made(network):
+        v = conditioned(network, cond)
+        if guidance != 1: v = cfg_zero_star(v, network, guidance)
+        return v if wrap is None else wrap(v)
+    return made
+
+# %% ../nbs/22_sampling.ipynb #2fd8c1ab
 def sample(
     checkpoint, # A checkpoint file, a run directory with a `best.pt`, or a network from `load_model`
     n:int, # Samples
@@ -459,11 +476,15 @@ def sample(
     times=None, # A grid of times, instead of `steps`
     flow=None, # A `Flow` or its name, where the checkpoint names none
     wrap=None, # Makes a velocity of the network's, for guidance
+    cond=None, # A label or a vector, for a network that is conditioned
+    guidance:float=1., # Scale of `cfg_zero_star`, with `cond`
     **solver # For `solve`, such as `rtol`
 )->torch.Tensor: # (n, d) float32 on the CPU, in the data's own units
     "Samples of a trained flow; raises `SolverError` rather than give one that is not finite"
     import torch
     from flow_study.draws import keyed_generator
+    if cond is not None: wrap = _guided_by(torch.as_tensor(cond), guidance, wrap)
+    elif guidance != 1: raise bad_value('guidance', guidance, '1 without a condition', 'Give `cond`')
     model, device = _loaded(checkpoint, device)
     flow, _ = _described(model, flow)
     x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, **solver)])
@@ -545,6 +566,8 @@ def _parser():
     p.add_argument('--pairs', metavar='FILE', help='write pairs for reflow to FILE instead')
     p.add_argument('--checkpoint-dir', default='study/checkpoints', metavar='DIR', help='folder of the runs (default %(default)s)')
     p.add_argument('--data-dir', metavar='DIR', help="folder of the training texts (default: the run's own)")
+    p.add_argument('--label', type=int, metavar='N', help='label of the samples, for a network that is conditioned on labels')
+    p.add_argument('--guidance', type=float, default=1., metavar='W', help='with --label: scale of classifier-free guidance (default 1: none)')
     p.add_argument('--device', default='cpu', metavar='NAME', help='where to compute (default %(default)s)')
     return p
 
@@ -552,6 +575,8 @@ def _parser():
 def _check_arguments(args):
     "Refuse arguments that contradict each other or ask for nothing"
     if not (args.out or args.pairs or args.nearest is not None): raise ValueError('nothing to do: give --out FILE, --nearest or --pairs FILE')
+    if args.guidance != 1 and args.label is None: raise bad_value('guidance', args.guidance, 'no guidance without --label')
+    if args.pairs and args.label is not None: raise ValueError('--pairs goes without --label')
     if args.pairs and (args.out or args.nearest is not None): raise ValueError('--pairs goes without --out and --nearest')
     if args.out and Path(args.out).suffix not in ('.npy', '.pt'): raise bad_value('out', args.out, 'a file that ends in .npy or .pt')
     if args.pairs and Path(args.pairs).suffix != '.pt': raise bad_value('pairs', args.pairs, 'a file that ends in .pt')
@@ -562,6 +587,7 @@ def _check_arguments(args):
 def _solver_options(args):
     "The keyword arguments of `sample` that the arguments stand for"
     kw = dict(method=args.method, steps=args.steps, seed=args.seed, batch=args.batch)
+    if args.label is not None: kw |= dict(cond=args.label, guidance=args.guidance)
     if args.shift is not None: kw |= dict(steps=None, times=shifted_grid(50 if args.steps is None else args.steps, args.shift))
     if args.tolerance is not None: kw |= dict(rtol=args.tolerance, atol=args.tolerance)
     return kw

@@ -10,7 +10,7 @@ __all__ = ['COMPILE_STEPS', 'make_loss_step', 'NonFiniteError', 'Signals', 'Flow
 import logging, math, os, platform, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from copy import copy
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -373,14 +373,12 @@ def validate(self:FlowTrainer)->float: # Loss per dimension
 @patch
 def _measure(self:FlowTrainer, bank)->HeldOutLoss:
     "The loss of the model's present weights on a bank; stops between two blocks when asked to"
-    cond = bank.cond.split(bank.block) if self.config.cond else None
-    blocks = count()
-    def velocity(x, t):
+    def velocity(x, t, *cond):
         self._boundary(during_validation=True)
-        return self.model(x, t) if cond is None else self.model(x, t, cond[next(blocks)])
+        return self.model(x, t, *cond)
     training = self.model.training
     self.model.eval()
-    try: return held_out_loss(velocity, bank)
+    try: return held_out_loss(velocity, bank, self.config.cond)
     finally: self.model.train(training)
 
 # %% ../nbs/28_trainer.ipynb #86799fe8
@@ -722,4 +720,4 @@ def choose_average(
 
 def _loss_with(model, params, bank):
     "The loss of a network with other weights"
-    return held_out_loss(lambda x, t: functional_call(model, params, (x, t)), bank)
+    return held_out_loss(lambda *args: functional_call(model, params, args), bank, model.config.cond)

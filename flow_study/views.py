@@ -127,7 +127,7 @@ def series(self:Curves,
 def thin(
     x, # (n,) array
     y, # (n,) array
-    most:int=300, # Points to keep
+    most:int=200, # Points to keep
 ): # Two arrays of about `most` points at most
     "A series with fewer points and the same envelope"
     if len(x) <= most: return x, y
@@ -267,6 +267,7 @@ def add_axes(
         spine.set(edgecolor=_ink, alpha=.5)
     ax.tick_params(which='both', color=_ink, labelcolor=_ink, labelsize=8)
     ax.grid(True, color='#888888', alpha=.25, lw=.6)
+    ax.locator_params(nbins=5)  # ticks are most of what drawing costs
     return ax
 
 # %% ../nbs/09_views.ipynb #bd18ab27
@@ -280,7 +281,7 @@ def to_svg(
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 style="width:100%;height:auto;display:block"', svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', svg, count=1)
-    svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(\.\d)\d+', r'\1', m[0]), svg)  # a tenth of a point is fine enough
+    svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(?<=\.\d)\d+', '', m[0]), svg)  # a tenth of a point is fine enough
     return _own_ids(svg).replace(_ink, 'currentColor')
 
 def _own_ids(svg):

@@ -9,12 +9,13 @@ import torch
 from flow_study.checkpoint import load_model, read_checkpoint, save_checkpoint
 from flow_study.closed_form import ValidationBank
 from flow_study.config import TrainingConfig
-from flow_study.data import DataError, FlowDataset
+from flow_study.data import DataError, FlowDataset, NormalizationStats
 from flow_study.draws import keyed_generator
 from flow_study.ema import EMAModel, changing_buffers
 from flow_study.models import build_model, create_model, keyed_init
+from flow_study.sampling import main as sample_main, sample
 from flow_study.tracking import Tracker
-from flow_study.trainer import FlowTrainer
+from flow_study.trainer import FlowTrainer, choose_average
 
 ARCHS = ('mlp', 'dit', 'unet', 'mamba')
 BARE = (*ARCHS, 'mlp-plain', 'simple')
@@ -189,7 +190,7 @@ def labelled(n=400, seed=0):
     gen = keyed_generator(seed, 'tests/labels')
     label = torch.randint(2, (n,), generator=gen)
     rows = torch.randn(n, 4, generator=gen)*0.3 + torch.where(label == 1, 1., -1.)[:, None]
-    return FlowDataset.from_tensor(rows, cond=label)
+    return FlowDataset.from_tensor(rows, NormalizationStats(torch.zeros(4), torch.ones(4), 1, 'tests'), cond=label)
 
 
 def conditional(config, trackers=(), **kw):
@@ -234,10 +235,21 @@ def test_a_conditional_run_goes_on_bit_for_bit(config):
     assert [d.get('train/loss') for d in whole.history] == [d.get('train/loss') for d in other.history]
 
 
+def test_samples_under_a_condition(config, capsys, tmp_path):
+    "Each label's samples lie in its cluster, also through the console script, and guidance pushes them further"
+    run = conditional(config, epochs=40, ema_snapshots=2).train()['run_dir']
+    drawn = {g: sample(run, 200, cond=1, guidance=g, normalized=True) for g in (1., 2.)}
+    assert (drawn[1.].mean(1) > 0).float().mean() > 0.95 > (sample(run, 200, normalized=True).mean(1) > 0).float().mean()
+    assert drawn[2.].mean() > drawn[1.].mean() + 0.02
+    assert choose_average(run, labelled(100, seed=1))                  # on the loss under the conditions, too
+    for options, code in ((['--label', '1'], 0), (['--guidance', '2'], 2)):
+        assert sample_main([run, '--n', '50', '--steps', '5', '--out', str(tmp_path/'x.npy'), *options]) == code, options
+
+
 @pytest.mark.parametrize('cond, message', [(None, 'missing'), (torch.tensor([0, 7]*50), 'label 7'), (torch.zeros(100, 3), 'shape')])
 def test_other_conditions_are_refused(cond, message, config):
     config = config.replace(cond=True)
-    train, val = labelled(), FlowDataset.from_tensor(labelled(100, seed=1).x, cond=cond)
+    train, val = labelled(), FlowDataset.from_tensor(labelled(100, seed=1).x, labelled().stats, cond=cond)
     with pytest.raises(DataError, match=message): FlowTrainer(build_model(config, train), config, train, val, 'cpu', trackers=[]).train()
 
 

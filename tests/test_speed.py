@@ -198,7 +198,7 @@ def test_statistics_and_splits_of_a_table_larger_than_memory(small_limits, tmp_p
     large = make_splits(mapped, sizes=('3k',), near_duplicate_rows=100, scratch=tmp_path/'scratch')
     assert list((tmp_path/'scratch').iterdir()) == []
     stats = save_splits(large, tmp_path/'large')
-    data.RESIDENT_BYTES = 2**30
+    data.MAPPED_FILE = 2**26
     small = make_splits(x, sizes=('3k',), near_duplicate_rows=100)
     assert all(a['embeddings'].equal(b['embeddings']) and a['indices'] == b['indices'] for a, b in zip(large['3k'].values(), small['3k'].values()))
     assert stats.same_as(NormalizationStats.fit(small['3k']['train']['embeddings']))
