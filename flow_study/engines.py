@@ -75,7 +75,9 @@ def evaluation_of(
     made = {k: found.get(k) for k in planned}
     return found if found and made == planned and found['interval'].endswith(f", {job.evaluation.get('draws', 200)} resamples") else None
 
-def evaluation_arguments(job:Job)->dict:
+def evaluation_arguments(
+    job:Job # Of a study
+)->dict:
     "What `evaluate` is called with: samples are drawn with the seed of the run, so that the spread over seeds has theirs in it"
     return {**dict(method='heun', steps=50, draws=200, nfe_steps=(10,)), **job.evaluation, 'seed': job.config['seed'], 'split': job.split}
 

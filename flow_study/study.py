@@ -20,7 +20,7 @@ from fastcore.docments import docments
 from . import __version__
 from .config import TrainingConfig, bad_value, check_name, unknown_name
 from .console import Parser, complain, setup_logging
-from .engines import Job, _context, config_on_disk, create_engine, evaluation_arguments, evaluation_of, run_state
+from .engines import Job, _context, _end_with_parent, config_on_disk, create_engine, evaluation_arguments, evaluation_of, run_state
 from .files import publish, publish_json, to_json
 from .rundir import acquire_lock, read_metrics, read_status, this_process
 from .statistics import MIN_SEEDS, compare_arms, fit_power_law, mean_ranks, plot_ranks, seed_interval, smallest_effect, smallest_p
@@ -252,9 +252,10 @@ class Plan:
 @patch
 def __repr__(self:Plan):
     time = f', at most {_duration(self.seconds)} of training on {self.slots} at once ({self.steps:,} steps)' if math.isfinite(self.seconds) else ''
-    lines = [f'{self.name}: {self.cells} cells x {self.seeds} seeds = {self.runs} runs, {self.todo} to do{time}']
+    seeds = f"{self.seeds} seed{'s'*(self.seeds > 1)}"
+    lines = [f'{self.name}: {self.cells} cells x {seeds} = {self.runs} runs, {self.todo} to do{time}']
     if self.failed: lines.append(f'{self.failed} of them failed before; they are tried again only if asked for')
-    if self.seeds < MIN_SEEDS: return '\n'.join([*lines, f'{self.seeds} seeds: nothing will be concluded, {MIN_SEEDS} are the least'])
+    if self.seeds < MIN_SEEDS: return '\n'.join([*lines, f'{seeds}: nothing will be concluded, {MIN_SEEDS} are the least'])
     one, all_ = smallest_effect(self.seeds), smallest_effect(self.seeds, max(1, self.comparisons))
     lines.append(f'A difference from the reference is seen (power 80 %) from {all_:.1f} standard deviations of paired differences on, with {self.comparisons} comparisons; a single one from {one:.1f}')
     lines.append(f'Smallest p of an exact rank test with {self.seeds} seeds: {smallest_p(self.seeds):.2g}')
@@ -294,9 +295,10 @@ def _cell_key(config):
 def _costs(self:Study, configs):
     "Seconds and steps of an epoch for each cell"
     cells = {_cell_key(c): c for c in reversed(configs)}
-    with ProcessPoolExecutor(1, mp_context=_context(self.threads)) as pool:
+    with ProcessPoolExecutor(1, mp_context=_context(self.threads), initializer=_end_with_parent) as pool:
         answers = {k: pool.submit(_measure, self.job(c), _cell_seconds*(i < _measured_cells)) for i, (k, c) in enumerate(cells.items())}
-        found = {k: _answer(f) for k, f in answers.items()}
+        try: found = {k: _answer(f) for k, f in answers.items()}
+        finally: pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for the rest
     for k, answer in found.items():
         if answer['error']: raise ValueError(f"{cells[k].run_name} cannot be trained: {answer['error']}. Nothing was started")
     known = [a['epoch_seconds'] for a in found.values() if a['epoch_seconds'] is not None]
@@ -495,7 +497,7 @@ def _reads(path):
     try: return json.loads((path/'evaluation.json').read_text(encoding='utf-8'))['reads']
     except (OSError, ValueError, KeyError): return {}
 
-def _curve(path, points=200):
+def _curve(path, points=60):
     "Epoch and validation loss, thinned"
     lines = [[d['epoch'], d['val/loss']] for d in read_metrics(path)[0] if 'val/loss' in d]
     return lines[::max(1, -(-len(lines)//points))] + lines[-1:]*(len(lines) > 1)
@@ -814,7 +816,7 @@ def conclusions(self:Results,
     "What may be said of a task"
     metric = metric or self.study['metric']
     spoiled, scores, best = self.uninformative(task, metric), self.scores(task, metric), self.chosen(task, metric)
-    if len(self.study['seeds']) < MIN_SEEDS: return [f"Nothing can be concluded from {len(self.study['seeds'])} seeds; {MIN_SEEDS} are the least."]
+    if len(self.study['seeds']) < MIN_SEEDS: return [f"Nothing can be concluded: {MIN_SEEDS} seeds are the least, here {'are' if len(self.study['seeds']) > 1 else 'is'} {len(self.study['seeds'])}."]
     if best is None: return ['Nothing can be concluded: no arm has all its seeds.']
     if spoiled: return [self._no_metric(task, metric, spoiled)]
     return [f'The {self._better(metric)[:-2]}est {metric} on validation: **{best}**, {_interval_text(seed_interval(scores[best].values()))}.',
@@ -992,7 +994,7 @@ def _rows_of(task):
 def report(self:Results)->Path: # The folder
     "Write leaderboard, report and pictures"
     self.folder.mkdir(parents=True, exist_ok=True)
-    publish_json(self.folder/'study.json', self.to_dict())
+    publish(self.folder/'study.json', (to_json(self.to_dict()) + '\n').encode())
     publish(self.folder/'leaderboard.csv', self.leaderboard().to_csv().encode())
     pictures = self._pictures()
     publish(self.folder/'report.md', ('\n\n'.join(self._report_parts(pictures)) + '\n').encode())
