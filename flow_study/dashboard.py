@@ -433,6 +433,12 @@ def _say(self:Dashboard, line):
     "A line for the person, with the time"
     self._said.appendleft(f'<div><span class="fs-dim">{time.strftime("%H:%M:%S")}</span> {html.escape(line)}</div>')
 
+# %% ../nbs/35_dashboard.ipynb #71e7fa29
+def _heard_anywhere(widget):
+    "Let a widget and all in it be heard by the thread that the page chooses"
+    if widget.comm is not None: widget.comm._reply_subshell_for = lambda data, default: default
+    for child in getattr(widget, 'children', ()): _heard_anywhere(child)
+
 # %% ../nbs/35_dashboard.ipynb #8182a33f
 @patch
 def _build(self:Dashboard):
@@ -446,6 +452,7 @@ def _build(self:Dashboard):
     table = w.VBox([self._heads(w), self._stack, self._note], layout=full).add_class('fs-scroll')
     self.widget = w.VBox([w.HTML(f'<style>{_css}</style>', layout=w.Layout(display='none')), self._title, self._gpu, self._choices(w), table, self._buttons(w),
                           self._tabs(w)], layout=full).add_class('fs')
+    _heard_anywhere(self.widget)
 
 @patch
 def _heads(self:Dashboard, w):
@@ -532,6 +539,7 @@ def _show_hits(self:Dashboard):
     import ipywidgets as w
     while len(self._hits) < len(self._rows):
         hit = w.ToggleButton(**self._shared).add_class('fs-hit')
+        _heard_anywhere(hit)
         hit.observe(lambda c, i=len(self._hits): self._hit(i, c['new']), 'value')
         self._hits.append(hit)
     self._quiet = True

@@ -272,11 +272,12 @@ def test_lab_training_in_the_next_cell(home, lab, page):
     run_all(p)
     p.wait_for_selector('.fs-row')
     says(p, 'in-a-cell', 'state', 'running')
-    live = p.locator('.jp-CodeCell').nth(1).locator('.jp-OutputArea')
+    live = p.locator('.jp-CodeCell').nth(1).locator('.jp-OutputArea-output').last
     live.locator('svg').wait_for()
+    until(lambda: all(word in live.inner_text() for word in ('epoch', 'train', 'validation', 'best', 'left')) or p.wait_for_timeout(100))
     before = live.inner_text()
     until(lambda: live.inner_text() != before or p.wait_for_timeout(100))
-    assert all(word in before for word in ('epoch', 'train', 'best'))
+    picture(p, 'training')
     click_row(p, 'in-a-cell')
     press(p, 'Pause')
     says(p, 'in-a-cell', 'state', 'paused')
@@ -286,7 +287,7 @@ def test_lab_training_in_the_next_cell(home, lab, page):
     assert live.locator('svg').count() == 1 and live.locator('.widget-html').count() == 0
     assert 'interrupted' in live.locator('table').inner_text()
     live.scroll_into_view_if_needed()
-    picture(p, 'training')
+    picture(p, 'trained')
 
 
 def menu(page, *items):
