@@ -100,11 +100,10 @@ def voila(serve):
 
 @pytest.fixture(scope='module')
 def lab(serve, home):
-    "JupyterLab without questions, and with cells that stay on the page when they are scrolled out of sight"
-    for name, settings in (('apputils-extension/notification', dict(fetchNews='false', checkForUpdates=False)), ('notebook-extension/tracker', dict(windowingMode='none'))):
-        path = home/f'config/lab/user-settings/@jupyterlab/{name}.jupyterlab-settings'
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(settings))
+    "JupyterLab without questions"
+    settings = home/'config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings'
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     return serve('jupyter', 'lab', '--no-browser', '--port={port}', '--ip=127.0.0.1', '--allow-root', '--IdentityProvider.token=',
                  '--LabApp.extension_manager=readonly', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate')
 
@@ -122,7 +121,7 @@ def page(browser):
     "Open an address in a fresh page; gives the page once the dashboard is there"
     opened = []
     def open_page(address, ready='.fs-row'):
-        opened.append(browser.new_page(viewport=dict(width=1280, height=1150)))
+        opened.append(browser.new_page(viewport=dict(width=1280, height=1150 if ready == '.fs-row' else 1900))  # JupyterLab hides cells that do not fit)
         opened[-1].set_default_timeout(40_000)
         opened[-1].goto(address)
         opened[-1].wait_for_selector(ready)
