@@ -290,7 +290,8 @@ class Dashboard:
         self.device, self.filter, self.sort, self.descending, self.archived = self.home, '', 'age_seconds', False, False
         self.selected, self._asked, self._said, self._drawn, self._drawn_at = {}, {}, deque(maxlen=4), None, 0.
         self.gauges = [Gauge(g.index, f'GPU {g.index}') for g in self._gpus] if gpu is None else [Gauge(gpu, self.home)]
-        self._lock, self._wake, self._closed = threading.RLock(), threading.Event(), threading.Event()
+        self._lock, self._pen = threading.RLock(), threading.RLock() # `_pen` is taken first, and kept while drawing; a click needs `_lock` only
+        self._wake, self._closed = threading.Event(), threading.Event()
         self._build()
         self.refresh()
         if every: threading.Thread(target=self._live, daemon=True, name='dashboard').start()
@@ -333,12 +334,13 @@ def runs(self:Dashboard)->Table: # A row for each run that is shown, in the orde
 @patch
 def refresh(self:Dashboard):
     "Look at all runs again and show what has changed"
-    with self._lock:
-        self.folder.refresh()
-        self.selected = {p: n for p, n in self.selected.items() if p in self.folder.runs}
-        self._hear()
+    with self._pen:
         for gauge in self.gauges: gauge.read()
-        self._show()
+        with self._lock:
+            self.folder.refresh()
+            self.selected = {p: n for p, n in self.selected.items() if p in self.folder.runs}
+            self._hear()
+            self._show()
         self._draw()
 
 # %% ../nbs/35_dashboard.ipynb #6432c4ca
@@ -353,7 +355,7 @@ def select(self:Dashboard,
         for p in paths:
             if p not in kept: kept[p] = next(n for n in count() if n not in kept.values())
         self.selected = kept
-        self._touched()
+    self._touched()
 
 @patch
 def _path(self:Dashboard, name):
@@ -371,7 +373,7 @@ def order_by(self:Dashboard,
     in_order([], key)
     with self._lock:
         self.sort, self.descending = key, descending
-        self._touched()
+    self._touched()
 
 @patch
 def choose(self:Dashboard,
@@ -383,7 +385,7 @@ def choose(self:Dashboard,
     with self._lock:
         for k, v in dict(device=device, filter=filter, archived=archived).items():
             if v is not None: setattr(self, k, v)
-        self._touched()
+    self._touched()
 
 # %% ../nbs/35_dashboard.ipynb #5fae2500
 @patch
@@ -433,6 +435,12 @@ def _say(self:Dashboard, line):
     "A line for the person, with the time"
     self._said.appendleft(f'<div><span class="fs-dim">{time.strftime("%H:%M:%S")}</span> {html.escape(line)}</div>')
 
+# %% ../nbs/35_dashboard.ipynb #71e7fa29
+def _heard_anywhere(widget):
+    "Let a widget and all in it be heard by the thread that the page chooses"
+    if widget.comm is not None: widget.comm._reply_subshell_for = lambda data, default: default
+    for child in getattr(widget, 'children', ()): _heard_anywhere(child)
+
 # %% ../nbs/35_dashboard.ipynb #8182a33f
 @patch
 def _build(self:Dashboard):
@@ -441,11 +449,12 @@ def _build(self:Dashboard):
     full = w.Layout(width='100%', margin='0')
     self._title, self._gpu, self._body, self._note, self._words, self._legend, self._picture, self._diff, self._samples = (w.HTML(layout=full) for _ in range(9))
     self._shared = dict(layout=w.Layout(), style=w.ToggleButton().style)
-    self._hits, self._pile = [], w.VBox(layout=w.Layout())
+    self._hits, self._pressed, self._pile = [], [], w.VBox(layout=w.Layout())
     self._stack = w.Box([self._body.add_class('fs-rows'), self._pile.add_class('fs-hits')], layout=w.Layout()).add_class('fs-stack')
     table = w.VBox([self._heads(w), self._stack, self._note], layout=full).add_class('fs-scroll')
     self.widget = w.VBox([w.HTML(f'<style>{_css}</style>', layout=w.Layout(display='none')), self._title, self._gpu, self._choices(w), table, self._buttons(w),
                           self._tabs(w)], layout=full).add_class('fs')
+    _heard_anywhere(self.widget)
 
 @patch
 def _heads(self:Dashboard, w):
@@ -532,12 +541,16 @@ def _show_hits(self:Dashboard):
     import ipywidgets as w
     while len(self._hits) < len(self._rows):
         hit = w.ToggleButton(**self._shared).add_class('fs-hit')
+        _heard_anywhere(hit)
         hit.observe(lambda c, i=len(self._hits): self._hit(i, c['new']), 'value')
         self._hits.append(hit)
+        self._pressed.append(False)
     self._quiet = True
     try:
-        for hit, row in zip(self._hits, self._rows):
-            with hit.hold_sync(): hit.value, hit.description, hit.tooltip = row['path'] in self.selected, row['run'], tooltip(row)
+        for i, (hit, row) in enumerate(zip(self._hits, self._rows)):
+            chosen = row['path'] in self.selected
+            if chosen != self._pressed[i]: hit.value = self._pressed[i] = chosen  # one that was just clicked, and not yet heard, stays as it is
+            hit.description, hit.tooltip = row['run'], tooltip(row)
     finally: self._quiet = False
     if len(self._pile.children) != len(self._rows): self._pile.children = self._hits[:len(self._rows)]
 
@@ -547,7 +560,8 @@ def _hit(self:Dashboard, i, on):
     with self._lock:
         if self._quiet or i >= len(self._rows): return
         path = self._rows[i]['path']
-        self.select(*[p for p in self.selected if p != path], *[path]*on)
+        chosen = *[p for p in self.selected if p != path], *[path]*on
+    self.select(*chosen)
 
 # %% ../nbs/35_dashboard.ipynb #ad73b755
 @patch
@@ -565,21 +579,20 @@ def _why_not_more(self:Dashboard, shown):
 @patch
 def _touched(self:Dashboard):
     "Something was chosen: the table follows at once, the pictures as soon as a second has passed since they were drawn"
-    with self._lock:
-        self._show()
-        if self.every: self._wake.set()
-        else: self._draw()
+    with self._lock: self._show()
+    if self.every: self._wake.set()
+    else: self._draw()
 
 # %% ../nbs/35_dashboard.ipynb #aba8b386
 @patch
 def _draw(self:Dashboard):
-    "The open tab, unless it shows what there is already"
-    runs = {n: self.folder.runs[p] for p, n in list(self.selected.items())[:self.most_curves]}
+    "The open tab, unless it shows what there is already; nobody waits for it, but another drawing"
+    with self._lock: runs = {n: self.folder.runs[p] for p, n in list(self.selected.items())[:self.most_curves]}
     settings = self._tab.selected_index, self._x.value, self._log.value, self._smooth.value
     state = settings, [(n, str(r.path), r.inode, r.state, r._seen.get('metrics.jsonl'), r._seen.get('config.json')) for n, r in runs.items()]
     if state == self._drawn: return
     self._drawn, self._drawn_at = state, time.monotonic()
-    (self._draw_curves, self._draw_diff, self._draw_samples)[settings[0] or 0](runs)
+    with self._pen: (self._draw_curves, self._draw_diff, self._draw_samples)[settings[0] or 0](runs)
 
 @patch
 def _draw_curves(self:Dashboard, runs):
@@ -587,8 +600,8 @@ def _draw_curves(self:Dashboard, runs):
     marks = [f'<span><span style="color:{colour(n)}">{"●◆■"[n//len(COLOURS) % 3]}</span> {html.escape(r.name)}</span>' for n, r in runs.items()]
     more = [f'<span>and {len(self.selected) - len(runs)} more that are not drawn</span>'] if len(self.selected) > len(runs) else []
     hint = [] if not runs else ['<span class="fs-dim">line: averaged weights · ○ raw weights · ● best epoch · ✖ stopped early</span>']
-    self._legend.value = f'<div class="fs-legend">{"".join(marks + more + hint)}</div>'
-    self._picture.value = curves_svg([r.trace(n) for n, r in runs.items()], self._x.value, self._log.value, self._smooth.value) if runs else _select_first
+    picture = curves_svg([r.trace(n) for n, r in runs.items()], self._x.value, self._log.value, self._smooth.value) if runs else _select_first
+    self._picture.value, self._legend.value = picture, f'<div class="fs-legend">{"".join(marks + more + hint)}</div>'
 
 _select_first = '<div class="fs-empty fs-dim">Click rows of the table to see and compare their curves.</div>'
 

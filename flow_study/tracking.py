@@ -184,7 +184,7 @@ class _Live:
         began = time.monotonic()
         self.widget.value = f'<div style="max-width:760px">{self._bar()}{self._picture()}</div>'
         took = time.monotonic() - began
-        self.due = time.monotonic() + max(1., 50*took)
+        self.due = time.monotonic() + min(max(1., 50*took), 5.)
 
     def _picture(self): return run_svg(Trace(self.run['run_name'], self.curves, self.yardsticks, self.state, 1))
 

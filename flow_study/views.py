@@ -202,6 +202,7 @@ def draw_panel(
     ax.set_title(title, loc='left', fontsize=10, color=_axis_colour(ax))
     ax.set_xlabel(unit[1], fontsize=9, color=_axis_colour(ax))
     if log: ax.set_yscale('log')
+    if not any(name in t.curves for t in traces): ax.set_xlim(0, 1)  # nothing yet
     return ax
 
 # %% ../nbs/09_views.ipynb #752491f5
