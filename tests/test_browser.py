@@ -121,7 +121,7 @@ def page(browser):
     "Open an address in a fresh page; gives the page once the dashboard is there"
     opened = []
     def open_page(address, ready='.fs-row'):
-        opened.append(browser.new_page(viewport=dict(width=1280, height=1150 if ready == '.fs-row' else 1900))  # JupyterLab hides cells that do not fit)
+        opened.append(browser.new_page(viewport=dict(width=1280, height=1150 if ready == '.fs-row' else 1900)))  # JupyterLab hides cells that do not fit
         opened[-1].set_default_timeout(40_000)
         opened[-1].goto(address)
         opened[-1].wait_for_selector(ready)
