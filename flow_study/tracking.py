@@ -211,7 +211,12 @@ def _bar(self:_Live):
 # %% ../nbs/27_tracking.ipynb #1e139551
 class Summary:
     "What stays of the progress of a run: a picture and a line of a table"
-    def __init__(self, name, result, texts, picture): self.name, self.result, self.texts, self.picture = name, result, texts, picture
+    def __init__(self,
+        name:str, # Of the run
+        result:dict, # As from `FlowTrainer.train`
+        texts:list, # Lines shown while it ran
+        picture, # The last one drawn
+    ): self.name, self.result, self.texts, self.picture = name, result, texts, picture
 
     @property
     def table(self):
