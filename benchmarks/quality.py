@@ -142,7 +142,7 @@ def collect(args):
         found['reports'].append({k: v for k, v in report.items() if k != 'config'} | dict(changes=config.diff(TrainingConfig(**{k: getattr(config, k) for k in ('arch', 'flow', 'dataset', 'group')}))))
         file = config.run_dir/'evaluation.json'
         evaluated = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        for r in [evaluated, *evaluated.get('other', {}).values()] if evaluated else []:
+        for r in (r for r in [evaluated, *evaluated.get('other', {}).values()] if r.get('samples')):
             keep = {k: {a: v[a] for a in ('value', 'low', 'high', 'floor', 'null')} for k, v in r['samples'].items()}
             found['samples'].append(dict(data=data, row=row, seed=seed, split=r['split'], reads=evaluated['reads'][r['split']], run=r['run'], n=r['n'], samples=keep))
     for r in found['reports']: r['changes'] = {k: v[0] for k, v in r['changes'].items() if k not in ('data_dir', 'checkpoint_dir', 'stats_path', 'name', 'seed', 'group')}
