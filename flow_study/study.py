@@ -477,13 +477,18 @@ def _row(study, config):
     state, status = run_state(job), read_status(config.run_dir)
     row = dict(run=config.run_name, run_dir=str(config.run_dir), seed=config.seed, state=state, axes={k: getattr(config, k) for k in study.axes},
                task={k: getattr(config, k) for k in ('data_dir', 'dataset')}, flow=config.flow, loss_key=_loss_key(config), off_protocol=sorted(config.overrides))
-    if state in ('failed', 'trained'): row['reason'] = ' '.join(str(status.get('reason') or _reason(job, 1)).split())
+    why = status.get('reason') if state == 'failed' else _failed_before(study).get(config.run_name)
+    if state != 'done' and why: row['reason'] = ' '.join(why.split())
     if state not in ('done', 'trained'): return row
     row |= {k: status.get(k) for k in ('parameters', 'epoch', 'step', 'best_val_loss', 'verdict')} | dict(time_seconds=status.get('elapsed_seconds'))
     return row | dict(device=(status.get('device') or {}).get('name'), curve=_curve(config.run_dir), val=_measured(evaluation_of(job)), test=_measured(evaluation_of(study.job(config, 'test'))),
                       reads=_reads(config.run_dir))
 
 # %% ../nbs/33_study.ipynb #0ba597aa
+def _failed_before(study):
+    "Runs that failed in the last call, and why, where their own directories do not say it"
+    return read_status(study.report_dir).get('failed') or {}
+
 def _measured(report):
     "What a study keeps of an evaluation"
     if not report: return None
@@ -654,8 +659,15 @@ def leaderboard(self:Results,
     metric:str=None, # What to rank by; by default the metric of the study
 )->Leaderboard:
     "All arms and closed forms, task by task, the best first"
-    metric = metric or self.study['metric']
-    return Leaderboard(row for task in self.tasks() for row in self._ranked(task, metric))
+    return Leaderboard(row for task in self.tasks() for row in self.leaderboard_of(task, metric))
+
+@patch
+def leaderboard_of(self:Results,
+    task:dict, # One of `tasks`
+    metric:str=None, # By default that of the study
+)->Leaderboard:
+    "The arms and closed forms of one task, the best first"
+    return Leaderboard(self._ranked(task, metric or self.study['metric']))
 
 @patch
 def _ranked(self:Results, task, metric):
@@ -1010,7 +1022,7 @@ def _report_parts(self:Results, pictures):
         yield f'## {self.task_name(task)}'
         yield '\n'.join(f'- {s}' for s in self.conclusions(task)) if done else 'No run is done.'
         if not done: continue
-        yield Leaderboard(self._ranked(task, self.study['metric'])).to_markdown()
+        yield self.leaderboard_of(task).to_markdown()
         yield from (f'![{title}]({name})' for title, name in pictures.get(self.task_name(task), []))
     yield from (f'![{title}]({name})' for title, name in pictures.get(None, []))
     if failed := [r for r in self.runs if r['state'] != 'done']: yield '## Not done\n\n' + '\n'.join(f"- {r['run']}: {r['state']}. {r.get('reason', '')}".rstrip() for r in failed)
@@ -1201,7 +1213,7 @@ def summary(self:Results)->str:
     "For the end of the script"
     done = sum(r['state'] == 'done' for r in self.runs)
     parts = [f'\n{self.task_name(t)}\n' + '\n'.join(f'  {s}' for s in self.conclusions(t)) for t in self.tasks()] if done else []
-    failed = [f"failed: {r['run']}: {r.get('reason', '')}" for r in self.runs if r['state'] in ('failed', 'trained')]
+    failed = [f"failed: {r['run']}: {r.get('reason', '')}" for r in self.runs if r.get('reason')]
     return '\n'.join([f'{done} of {len(self.runs)} runs done', *failed, *parts, f"\nReport: {self.folder/'report.md'}"])
 
 # %% ../nbs/33_study.ipynb #65a719b6
