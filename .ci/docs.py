@@ -72,15 +72,20 @@ class Page(HTMLParser):
     "What one page offers (`ids`) and what it asks for (`links`)"
     def __init__(self, path):
         super().__init__()
-        self.ids, self.twice, self.links = set(), [], []
+        self.ids, self.twice, self.links, self._drawing = set(), [], [], 0
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attrs):
-        "Note the anchors and the addresses of one tag"
+        "Note the anchors and the addresses of one tag; drawings name their parts, and several may do it alike"
+        self._drawing += tag == 'svg'
         for name, value in attrs:
-            if name == 'id' and value in self.ids: self.twice.append(value)
+            if name == 'id' and value in self.ids and not self._drawing: self.twice.append(value)
             if name == 'id' or (tag == 'a' and name == 'name'): self.ids.add(value)
             if name in ('href', 'src') and value: self.links.append(value)
+
+    def handle_endtag(self, tag):
+        "Note where a drawing ends"
+        self._drawing -= tag == 'svg'
 
 
 def missing_pages(notebooks, pages):

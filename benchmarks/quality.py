@@ -23,7 +23,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 
 from flow_study.checkpoint import load_model
-from flow_study.closed_form import HeldOutLoss, ValidationBank, held_out_loss, yardsticks
+from flow_study.closed_form import HeldOutLoss, ShrunkGaussianVelocity, ValidationBank, held_out_loss, loss_by_t, yardsticks
 from flow_study.config import TrainingConfig
 from flow_study.corpus import build_corpus
 from flow_study.data import load_all_splits
@@ -125,62 +125,65 @@ def losses(model, train, val):
     bank = ValidationBank(val, flow, draws=DRAWS, stream='report')
     ys = yardsticks(train, val, flow, bank)
     run = held_out_loss(model, bank)
+    by_t = {k: loss_by_t(v, bank).loss.tolist() for k, v in dict(run=model, shrunk_gaussian=ShrunkGaussianVelocity.fit(train.x)).items()}
     gain = HeldOutLoss(ys['shrunk_gaussian'].per_row - run.per_row)
     return dict(loss=run.mean, gain=gain.mean, half_width=1.96*gain.se, per_row_gain=gain.per_row.tolist(),
-                closed_forms={k: v.mean for k, v in ys.losses.items()}, shrinkage=ys.shrinkage)
+                by_t=by_t, closed_forms={k: v.mean for k, v in ys.losses.items()}, shrinkage=ys.shrinkage)
+
+
+def collect(args):
+    "Everything that is known: the report of each run, and what `evaluate` said of samples"
+    found = dict(reports=[], samples=[], missing=0, torch=str(torch.__version__))
+    for data, row, seed, config in plan(args):
+        report = done(config)
+        if report is None:
+            found['missing'] += 1
+            continue
+        found['reports'].append({k: v for k, v in report.items() if k != 'config'} | dict(changes=config.diff(TrainingConfig(**{k: getattr(config, k) for k in ('arch', 'flow', 'dataset', 'group')}))))
+        file = config.run_dir/'evaluation.json'
+        evaluated = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+        for r in (r for r in [evaluated, *evaluated.get('other', {}).values()] if r.get('samples')):
+            keep = {k: {a: v[a] for a in ('value', 'low', 'high', 'floor', 'null')} for k, v in r['samples'].items()}
+            found['samples'].append(dict(data=data, row=row, seed=seed, split=r['split'], reads=evaluated['reads'][r['split']], run=r['run'], n=r['n'], samples=keep))
+    for r in found['reports']: r['changes'] = {k: v[0] for k, v in r['changes'].items() if k not in ('data_dir', 'checkpoint_dir', 'stats_path', 'name', 'seed', 'group')}
+    return found
 
 
 def line(row, reports, parameters, seconds):
     "A row of the table; the interval is over validation rows, of the gain averaged over the seeds"
     gain = HeldOutLoss(torch.tensor([r['per_row_gain'] for r in reports], dtype=torch.float64).mean(0))
-    return f"| {row} | {parameters:,} | {number(r['loss'] for r in reports)} | {gain.mean:+.4f} ± {1.96*gain.se:.4f} | {seconds:.0f} |"
+    losses = ' / '.join(f"{r['loss']:.4f}" for r in reports)
+    return f"| {row} | {parameters:,} | {losses} | {gain.mean:+.4f} ± {1.96*gain.se:.4f} | {seconds:.0f} |"
 
 
-def number(values): return ' / '.join(f'{v:.4f}' for v in values)
-
-
-def table(args):
-    "All that is there, as Markdown"
+def table(found):
+    "All that was collected, as Markdown"
     lines = []
-    reports = [r for *_, config in plan(args) if (r := done(config))]
-    for data in data_sets(args):
-        mine = [r for r in reports if r['data'] == data]
-        if not mine: continue
-        lines += [f'\n### {data}\n', '| | parameters | loss on held-out rows, seeds ' + ', '.join(map(str, SEEDS)) + ' | gain over the shrunk Gaussian | CPU seconds a run |', '|---|---:|---|---|---:|']
-        for k, v in mine[0]['closed_forms'].items(): lines.append(f"| *{k.replace('_', ' ')}* | 0 | {v:.4f} | {mine[0]['closed_forms']['shrunk_gaussian'] - v:+.4f} | |")
-        for row in [*ROWS, *ABLATION]:
+    for data in dict.fromkeys(r['data'] for r in found['reports']):
+        mine = [r for r in found['reports'] if r['data'] == data]
+        lines += [f'\n### {data}\n', f"| | parameters | loss on held-out rows, seeds {', '.join(map(str, SEEDS))} | gain over the shrunk Gaussian | CPU seconds a run |", '|---|---:|---|---|---:|']
+        forms = mine[0]['closed_forms']
+        for k, v in forms.items(): lines.append(f"| *{k.replace('_', ' ')}* | 0 | {v:.4f} | {forms['shrunk_gaussian'] - v:+.4f} | |")
+        for row in dict.fromkeys(r['row'] for r in mine):
             rs = sorted((r for r in mine if r['row'] == row), key=lambda r: r['seed'])
-            if not rs: continue
-            lines.append(line(row, rs, rs[0]['learned'], statistics.mean(r['cpu_seconds'] for r in rs)))
+            name = row if len(rs) == len(SEEDS) else f"{row} (seed {', '.join(str(r['seed']) for r in rs)})"
+            lines.append(line(name, rs, rs[0]['learned'], statistics.mean(r['cpu_seconds'] for r in rs)))
             if row == 'mlp' and all('chosen' in r for r in rs): lines.append(line('mlp, average chosen afterwards', [r['chosen'] for r in rs], rs[0]['learned'], 0))
-        best = min((r for r in mine if r['row'] in ROWS), key=lambda r: r['loss'])
-        for split in ('val', 'test'): lines += sample_lines(args, data, split)
-        lines.append(f"\nBest run: {best['row']}, seed {best['seed']}.")
-    cost = sum(r['cpu_seconds'] for r in reports)
-    missing = sum(not done(c) for *_, c in plan(args))
-    lines.append(f'\n{len(reports)} runs, {cost/3600:.2f} hours of one core ({torch.get_num_threads()} thread, torch {torch.__version__}); {missing} runs missing.')
-    return '\n'.join(lines)
+        for split in ('val', 'test'): lines += sample_lines([s for s in found['samples'] if s['data'] == data and s['split'] == split], split)
+    cost = sum(r['cpu_seconds'] for r in found['reports'])
+    return '\n'.join([*lines, f"\n{len(found['reports'])} runs, {cost/3600:.2f} hours of one core, torch {found['torch']}; {found['missing']} runs of the plan are missing."])
 
 
-def sample_lines(args, data, split):
-    "What `evaluate` said of the samples of the best network"
-    lines = []
-    for *_, config in [p for p in plan(args) if p[0] == data and p[1] == 'mlp']:
-        file = config.run_dir/'evaluation.json'
-        if not file.exists(): continue
-        r = json.loads(file.read_text(encoding='utf-8'))
-        r = r if r.get('split') == split else r.get('other', {}).get(split)
-        if not r: continue
-        interval = lambda m: f"{m['value']:.4f} ({m['low']:.4f} to {m['high']:.4f})"
-        if not lines: lines = [f'\nSamples of mlp against the {split} rows (read {{}}), with 95 % intervals; the shrunk Gaussian\'s samples in brackets:\n',
-                               '| seed | loss | gain | energy distance | 1-NN accuracy | nearer to training rows than held-out rows are |', '|---|---|---|---|---|---|']
-        cells = []
-        for name in ('energy_distance', 'nn_accuracy', 'memorisation'):
-            m = r['samples'][name]
-            cells.append(f"{interval(m)} [{m['null']['shrunk_gaussian']['value']:.4f}]")
-        g = r['run']['paired_gain']
-        lines.append(f"| {config.seed} | {r['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
-        lines[0] = lines[0].replace('{}', f"{r['reads'][split]} times" if r['reads'][split] > 1 else 'once') if '{}' in lines[0] else lines[0]
+def sample_lines(samples, split):
+    "What `evaluate` said of the samples of the default network"
+    if not samples: return []
+    lines = [f"\n{samples[0]['n']} samples of mlp, average chosen afterwards, against the {split} rows (read {max(s['reads'] for s in samples)} times a run), with 95 % intervals; in brackets the shrunk Gaussian's samples.\n",
+             '| seed | loss | gain | energy distance | 1-NN accuracy | memorisation |', '|---|---|---|---|---|---|']
+    cell = lambda m: f"{m['value']:.4f} ({m['low']:.4f} to {m['high']:.4f}) [{m['null']['shrunk_gaussian']['value']:.4f}]"
+    for s in samples:
+        g = s['run']['paired_gain']
+        cells = [cell(s['samples'][k]) for k in ('energy_distance', 'nn_accuracy', 'memorisation')]
+        lines.append(f"| {s['seed']} | {s['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
     return lines
 
 
@@ -194,6 +197,7 @@ def main():
     p.add_argument('--runs', type=int, help='missing runs to carry out (default all)')
     p.add_argument('--samples', action='store_true', help='evaluate the samples of mlp on validation rows, one run that has not been')
     p.add_argument('--test', action='store_true', help='with --samples: on test rows instead, once a run')
+    p.add_argument('--save', metavar='FILE', help='keep the numbers in a JSON file, for the page')
     args = p.parse_args()
     logging.basicConfig(level=logging.WARNING)
     left = [q for q in plan(args) if not done(q[3])]
@@ -206,10 +210,12 @@ def main():
             file = config.run_dir/'evaluation.json'
             known = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
             if known.get('split') == split or split in known.get('other', {}): continue
-            evaluate(config.run_dir, split, nfe_steps=(5,))
+            evaluate(config.run_dir/'chosen.pt', split, nfe_steps=(5,))
             print(f'{config.run_name}: samples evaluated on {split} rows', flush=True)
             break
-    print(table(args))
+    found = collect(args)
+    if args.save: publish_json(args.save, found)
+    print(table(found))
 
 
 if __name__ == '__main__': main()

@@ -216,7 +216,7 @@ class CheckpointWriter:
     ):
         self.folder, self.before, self.seconds = Path(folder), before, seconds
         self._pending, self._thread, self._error, self._lock = {}, None, None, threading.Condition()
-        self._hurry, self._cost, self._wrote, self._spare = False, 0., -math.inf, None
+        self._hurry, self._cost, self._wrote, self._busy, self._spare = False, 0., -math.inf, -math.inf, None
 
     def submit(self,
         state:dict, # As from `snapshot`; not to be changed afterwards
@@ -246,10 +246,11 @@ class CheckpointWriter:
 def wait(self:CheckpointWriter,
     best:bool=False # For a state that is the best so far
 )->float: # Seconds until the next write may begin
-    "How long a state submitted now would wait"
-    usual = 30*self._cost
-    least = usual if self.seconds is None else min(usual, self.seconds) if best else self.seconds
-    return max(0., self._wrote + least - time.monotonic())
+    "How long a state submitted now would wait; processor time counts, so that a busy machine does not change the share"
+    usual = min(self._busy + 30*self._cost - time.process_time(), self._wrote + 300*self._cost - time.monotonic())
+    if self.seconds is None: return max(0., usual)
+    least = self._wrote + self.seconds - time.monotonic()
+    return max(0., min(usual, least) if best else least)
 
 @patch
 def spare(self:CheckpointWriter): # A state, or None
@@ -287,7 +288,7 @@ def _work(self:CheckpointWriter):
 @patch
 def _write(self:CheckpointWriter, pending):
     "Best first; a state that is both is packed once. The cost is the processor's time: waiting for the disk costs nobody anything"
-    self._wrote, began = time.monotonic(), time.thread_time()
+    self._wrote, self._busy, began = time.monotonic(), time.process_time(), time.thread_time()
     self.before()
     packed = {id(s): to_bytes(s) for s in pending.values()}
     for name in ('best.pt', 'last.pt'):

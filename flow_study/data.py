@@ -217,7 +217,9 @@ def _fill(self:FlowDataset, x, stats, return_normalized, texts, indices, name, m
     self.mapped = n*d*4 > RESIDENT_BYTES if mapped is None else mapped
     self._raw, self._x = (x, None) if self.normalized or self.mapped else (None, x)
 
-def table_sha256(x:torch.Tensor)->str: # `x` (n, d) float32
+def table_sha256(
+    x:torch.Tensor # (n, d) float32
+)->str: # 64 hexadecimal digits
     "SHA-256 of a table's shape and rows"
     h = hashlib.sha256(f'{len(x)}x{x.shape[1]}:'.encode())
     for b in in_blocks(x): h.update(b.contiguous().numpy())
@@ -402,9 +404,16 @@ def save_splits(
 # %% ../nbs/04_data.ipynb #e41c13c7
 class KeyedLoader:
     "Batches of a dataset, in an order that depends on seed and epoch alone"
-    def __init__(self, dataset, batch_size, shuffle, seed, drop_last, block=None):
+    def __init__(self,
+        dataset, # Anything with a length
+        batch_size:int, # Rows a batch
+        shuffle:bool, # A new order each epoch
+        seed:int, # Decides the orders
+        drop_last:bool, # Leave out rows that fill no batch
+        block:int=None, # Rows of a block, where the table is shuffled in blocks
+    ):
         self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = dataset, batch_size, shuffle, seed, drop_last
-        self.block = block # Rows of a block, where the table is shuffled in blocks
+        self.block = block
         self.epoch = 0 # The epoch that plain iteration gives next
 
     def __len__(self): # Batches an epoch
@@ -421,7 +430,7 @@ BLOCK_BYTES, WINDOW_BLOCKS = 2**20, 64
 def block_order(
     n:int, # Rows
     block:int, # Rows that lie, and are read, together
-    generator:torch.Generator,
+    generator:torch.Generator, # On the CPU
     window:int=WINDOW_BLOCKS, # Blocks whose rows are mixed
 )->torch.Tensor: # (n,) row numbers
     "A permutation that visits blocks in random order, a window of them at a time"
@@ -441,7 +450,12 @@ def order(self:KeyedLoader, epoch:int)->tuple: # A tensor of row numbers for eac
 # %% ../nbs/04_data.ipynb #5451fba2
 class ResidentLoader(KeyedLoader):
     "Batches selected from a table in memory, on the device where it is needed"
-    def __init__(self, dataset, *args, device='cpu', **kwargs):
+    def __init__(self,
+        dataset, # With its rows in `x`
+        *args, # As for `KeyedLoader`
+        device='cpu', # Where batches are needed
+        **kwargs # As for `KeyedLoader`
+    ):
         super().__init__(dataset, *args, **kwargs)
         self.x = dataset.x.to(device)
 
@@ -452,7 +466,12 @@ class ResidentLoader(KeyedLoader):
 # %% ../nbs/04_data.ipynb #afa6f44d
 class WorkerLoader(KeyedLoader):
     "Batches of any map-style dataset through torch's `DataLoader`"
-    def __init__(self, *args, device='cpu', worker_kwargs=(), **kwargs):
+    def __init__(self,
+        *args, # As for `KeyedLoader`
+        device='cpu', # Where batches are needed
+        worker_kwargs=(), # Options of torch's `DataLoader`
+        **kwargs # As for `KeyedLoader`
+    ):
         super().__init__(*args, **kwargs)
         self.device, self.worker_kwargs = device, dict(worker_kwargs)
 
@@ -480,7 +499,11 @@ def read_ahead(
 # %% ../nbs/04_data.ipynb #65ed3710
 class MappedLoader(KeyedLoader):
     "Batches of a table that stays in its file"
-    def __init__(self, *args, device='cpu', **kwargs):
+    def __init__(self,
+        *args, # As for `KeyedLoader`
+        device='cpu', # Where batches are needed
+        **kwargs # As for `KeyedLoader`
+    ):
         super().__init__(*args, **kwargs)
         self.device = device
 

@@ -54,7 +54,7 @@ class EMAModel:
         "Move the average towards the model's weights"
         if self._backup is not None: raise RuntimeError('the average is applied to the model: call restore(model) before update')
         weight = 1 - ema_decay(self.n, self.decay, self.warmup)
-        if live is not None: weight = [weight*live]*len(self.params)
+        if live is not None: weight = weight*live.item() if live.device.type == 'cpu' else [weight*live]*len(self.params)  # on the CPU asking is free
         if self._model is not model: self._model, self._weights = model, list(model.parameters())
         torch._foreach_lerp_(list(self.params.values()), self._weights, weight)
         if self.buffers:

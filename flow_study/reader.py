@@ -37,7 +37,7 @@ def _last_with(lines, key):
     for line in reversed(lines):
         if mark not in line: continue
         try: d = json.loads(line)
-        except ValueError: continue
+        except (ValueError, RecursionError): continue
         if isinstance(d, dict): return d
 
 # %% ../nbs/34_reader.ipynb #7e6072bd
@@ -93,7 +93,7 @@ def _read_dict(path):
     "A small JSON file: `{}` when there is none, None when it is damaged"
     try: d = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return {}
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, RecursionError): return None  # the last: brackets in brackets in brackets
     return d if isinstance(d, dict) else None
 
 # %% ../nbs/34_reader.ipynb #72dbf733

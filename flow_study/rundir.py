@@ -56,7 +56,7 @@ class RunLockedError(RunDirError):
 def _read_json(path):
     "A JSON file as a dict; empty when it is missing or damaged"
     try: res = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
+    except (OSError, ValueError, RecursionError): return {}  # the last: brackets nested some thousand times
     return res if isinstance(res, dict) else {}
 
 # %% ../nbs/25_rundir.ipynb #9c26da9e
@@ -135,7 +135,7 @@ def read_metrics(
 def _parse(line):
     "A line as a dict, or None when it is damaged"
     try: d = json.loads(line)
-    except ValueError: return None
+    except (ValueError, RecursionError): return None
     return d if isinstance(d, dict) else None
 
 # %% ../nbs/25_rundir.ipynb #0a7a37a6

@@ -184,7 +184,7 @@ class _Live:
         began = time.monotonic()
         self.widget.value = f'<div style="max-width:760px">{self._bar()}{self._picture()}</div>'
         took = time.monotonic() - began
-        self.due = time.monotonic() + max(1., 50*took)
+        self.due = time.monotonic() + min(max(1., 50*took), 5.)
 
     def _picture(self): return run_svg(Trace(self.run['run_name'], self.curves, self.yardsticks, self.state, 1))
 
@@ -211,7 +211,12 @@ def _bar(self:_Live):
 # %% ../nbs/27_tracking.ipynb #1e139551
 class Summary:
     "What stays of the progress of a run: a picture and a line of a table"
-    def __init__(self, name, result, texts, picture): self.name, self.result, self.texts, self.picture = name, result, texts, picture
+    def __init__(self,
+        name:str, # Of the run
+        result:dict, # As from `FlowTrainer.train`
+        texts:list, # Lines shown while it ran
+        picture, # The last one drawn
+    ): self.name, self.result, self.texts, self.picture = name, result, texts, picture
 
     @property
     def table(self):

@@ -229,6 +229,7 @@ class _Compiled:
             if self.trainer.config.compile == 'on': raise RuntimeError(f'the step cannot be compiled (`--compile off` trains without): {e}') from e
             _logger.warning('not compiled: %s', str(e).partition('\n')[0])
             self.trainer.path, self.trainer._compiled = 'eager', None
+            if self.trainer.run_dir: self.trainer.run_dir.set_status(path='eager')
             return self.trainer.loss_step(*args)
         return loss
 
@@ -625,6 +626,7 @@ def _close(self:FlowTrainer)->dict:
     "Write what is left, tell the trackers, release the run directory"
     try:
         self._save(now=True)
+        self._choose()
         result = self.result(final=self.state in FINAL)
         for t in self.trackers: t.finish(result)
         self.run_dir.set_status(state=self.state, epoch=self.current_epoch, step=self.global_step, best_val_loss=self.best_val_loss,
@@ -699,12 +701,12 @@ def plot(self:FlowTrainer,
     losses = self.yardsticks.losses if self.yardsticks else {}
     return draw_run(ax, Trace(self.config.run_name, Curves(self.history), {k: v.mean for k, v in losses.items()}, self.state, 1))
 
-# %% ../nbs/28_trainer.ipynb #cd3536eb
+# %% ../nbs/28_trainer.ipynb #6dafc1a7
 def choose_average(
     run_dir, # Of a run with `ema_snapshots`
     val_dataset:FlowDataset, # Rows to choose by
     flow=None, # Its `Flow`; by default the one of its config
-    lengths:tuple=(0.03, 0.05, 0.07, 0.10, 0.15, 0.20), # Tried for each end
+    lengths:tuple=(0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25), # Tried for each end
 )->dict: # (length, end) to `HeldOutLoss`; the best is in `chosen.pt`
     "Make averages of several lengths and ends, and keep the one with the lowest validation loss"
     run_dir = Path(run_dir)
@@ -721,3 +723,12 @@ def choose_average(
 def _loss_with(model, params, bank):
     "The loss of a network with other weights"
     return held_out_loss(lambda *args: functional_call(model, params, args), bank, model.config.cond)
+
+# %% ../nbs/28_trainer.ipynb #5de7cec6
+@patch
+def _choose(self:FlowTrainer):
+    "At the end of a run with snapshots, choose an average"
+    if self.averages is None or self.state not in FINAL or not self.best_epoch: return
+    losses = choose_average(self.run_dir.path, self.val_dataset, self.flow)
+    (length, end), loss = min(losses.items(), key=lambda kv: kv[1].mean)
+    _logger.info('the average of length %s up to step %d has the lowest validation loss, %.4f: chosen.pt (best.pt %.4f)', length, end, loss.mean, self.best_val_loss)

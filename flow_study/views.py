@@ -48,7 +48,9 @@ class Table(list):
     @property
     def columns(self): return list(dict.fromkeys(k for row in self for k in row))
 
-    def column(self, name): return [row.get(name) for row in self]
+    def column(self, name):
+        "The values of one column, `None` where a row has none"
+        return [row.get(name) for row in self]
 
     def _rows(self):
         "The rows shown, None for the gap between the first third and the rest"
@@ -89,7 +91,9 @@ def _repr_html_(self:Table):
 # %% ../nbs/09_views.ipynb #bd947168
 class Curves:
     "The numbers of metric lines, by name"
-    def __init__(self, lines=()):
+    def __init__(self,
+        lines=(), # Dicts, as for `add`
+    ):
         self.values, self.steps_per_epoch = {}, None
         self.add(lines)
 
@@ -202,6 +206,7 @@ def draw_panel(
     ax.set_title(title, loc='left', fontsize=10, color=_axis_colour(ax))
     ax.set_xlabel(unit[1], fontsize=9, color=_axis_colour(ax))
     if log: ax.set_yscale('log')
+    if not any(name in t.curves for t in traces): ax.set_xlim(0, 1)  # nothing yet
     return ax
 
 # %% ../nbs/09_views.ipynb #752491f5

@@ -62,6 +62,12 @@ def test_there_are_notebooks():
     assert {'index', '00_config'} <= {path.stem for path in NBS}
 
 
+def test_sidebar_has_every_notebook_once():
+    "The order of the pages is made by hand, so a new notebook has to be put into it"
+    listed = re.findall(r'- ([\w-]+)\.ipynb$', (NBS[0].parent/'sidebar.yml').read_text(encoding='utf-8'), flags=re.M)
+    assert sorted(listed) == sorted(path.stem for path in NBS)
+
+
 def test_format_is_valid(nb):
     assert (nb.nbformat, nb.nbformat_minor) == (4, 5)
     nbformat.validate(nb)

@@ -13,7 +13,7 @@ from flow_study.draws import keyed_generator
 from flow_study.ema import ema_decay
 from flow_study.models import build_model
 from flow_study.rundir import read_metrics, read_status
-from flow_study.trainer import FlowTrainer, make_loss_step
+from flow_study.trainer import FlowTrainer, decay_groups, make_loss_step
 from test_faults_checkpoint import StopAt
 
 compiles = pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 def make(folder, tmp_path):
     "A function that makes a trainer"
     def trainer(name='run', trackers=(), splits=None, resume_path=None, **kw):
-        config = TrainingConfig(**{**dict(arch='mlp', flow='icfm', dataset='1k', group='tests', epochs=4, batch_size=100, lr=3e-3, warmup_steps=3, name=name,
+        config = TrainingConfig(**{**dict(arch='mlp-plain', flow='icfm', dataset='1k', group='tests', epochs=4, batch_size=100, lr=3e-3, warmup_steps=3, name=name,
                                           data_dir=str(folder), checkpoint_dir=str(tmp_path)), **kw})
         train, val, _ = splits or load_all_splits(config.dataset, config.stats_path, config.data_dir)
         return FlowTrainer(build_model(config, train), config, train, val, 'cpu', trackers=list(trackers), log_every=1, resume_path=resume_path)
@@ -47,7 +47,7 @@ def slow_steps(trainer, n):
     "What the trainer does in `n` steps, as one would write it at first: one parameter at a time, torch's own clipping, a loop for the average"
     c, model = trainer.config, trainer.model
     step, average = make_loss_step(model, trainer.flow), copy.deepcopy(trainer.ema.params)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.01, foreach=False, fused=False)
+    optimizer = torch.optim.AdamW(decay_groups(model, c.weight_decay), lr=c.lr, foreach=False, fused=False)
     batches = (x for epoch in range(c.epochs) for x in trainer.loader.batches(epoch))
     for k, x1 in zip(range(n), batches):
         for group in optimizer.param_groups: group['lr'] = c.lr*trainer.scheduler.lr_lambdas[0](k)
