@@ -324,7 +324,7 @@ def run(self:Study,
     retry:bool=False, # Try failed runs again
     measure:bool=True, # Build every cell first, and time some steps
     test:bool=True, # Read the test rows, once, when all runs have ended
-): # `Results`
+)->'Results':
     "Carry out what is not done, evaluate it, write the report; after an interruption the same call goes on"
     self._check_report()
     self.report_dir.mkdir(parents=True, exist_ok=True)
@@ -454,7 +454,7 @@ class Results:
     @classmethod
     def load(cls,
         path # A `study.json`
-    ): # `Results`
+    )->'Results':
         "From the report of a study"
         found = _read_study(path)
         return cls(found['study'], found['runs'], Path(path).parent)
@@ -816,9 +816,9 @@ def _interval_text(i):
 
 def _against(c, other):
     "One comparison"
-    if c.paired.n < MIN_SEEDS: return f'nothing can be concluded about {other} ({c.paired.n} seeds)'
+    if c.paired.n < MIN_SEEDS: return f'cannot be compared with {other} ({c.paired.n} seeds)'
     p, needed = f'{_cell(c.paired.difference)} ({_cell(c.paired.low)} to {_cell(c.paired.high)}), corrected p {_cell(c.p_holm)}', c.seeds_needed or 'more than 1000'
-    return f'cannot be told apart from {other}: {p}; {needed} seeds would be needed for a difference of this size' if c.verdict == 'cannot be told apart' else f'{c.verdict} than {other}: {p}'
+    return f'cannot be told apart from {other}: {p}; {needed} seeds would be needed for a difference of this size' if c.verdict == 'cannot be told apart' else f'is {c.verdict} than {other}: {p}'
 
 @patch
 def conclusions(self:Results,
@@ -831,7 +831,8 @@ def conclusions(self:Results,
     if len(self.study['seeds']) < MIN_SEEDS: return [f"Nothing can be concluded: {MIN_SEEDS} seeds are the least, here {'are' if len(self.study['seeds']) > 1 else 'is'} {len(self.study['seeds'])}."]
     if best is None: return ['Nothing can be concluded: no arm has all its seeds.']
     if spoiled: return [self._no_metric(task, metric, spoiled)]
-    return [f'The {self._better(metric)[:-2]}est {metric} on validation: **{best}**, {_interval_text(seed_interval(scores[best].values()))}.',
+    floor = any(_has(r, metric) and r['val']['metrics'][metric]['better'] == 'floor' for r in self.runs)
+    return [f"The {self._better(metric)[:-2]}est {'distance of its floor to ' if floor else ''}{metric} on validation: **{best}**, {_interval_text(seed_interval(scores[best].values()))}.",
             *self._beside(task, metric, best, scores), *self._axis_sentences(task, metric), *self._test_sentences(task, metric, best)]
 
 @patch
@@ -856,7 +857,7 @@ def _beside(self:Results, task, metric, best, scores):
     same = [k for k, c in others.items() if c.verdict == 'cannot be told apart']
     if same: yield f"{len(same)} of {len(others)} other arms cannot be told apart from it: " + ', '.join(f"{k} ({others[k].seeds_needed or '> 1000'} seeds needed)" for k in same) + '.'
     elif others: yield f'All {len(others)} other arms are worse.' if all(c.verdict == 'worse' for c in others.values()) else 'No other arm has the seeds to be compared with it.'
-    if best != self.reference_arm(): yield f'It is {_against(compare_arms(scores, self.reference_arm(), better)[best], "the reference, " + self.reference_arm())}.'
+    if best != self.reference_arm(): yield f'It {_against(compare_arms(scores, self.reference_arm(), better)[best], "the reference, " + self.reference_arm())}.'
 
 @patch
 def _axis_sentences(self:Results, task, metric):
@@ -866,7 +867,7 @@ def _axis_sentences(self:Results, task, metric):
         reference = str(self.study['reference'][axis])
         effects = self.main_effects(axis, task, metric)
         for value, c in compare_arms(effects, reference, self._better(metric)).items():
-            yield f'Averaged over everything else, {axis} {value} is {_against(c, reference)}.'
+            yield f'Averaged over everything else, {axis} {value} {_against(c, reference)}.'
 
 @patch
 def _test_sentences(self:Results, task, metric, best):
@@ -875,7 +876,7 @@ def _test_sentences(self:Results, task, metric, best):
     scores = {k: v for k, v in self.scores(task, metric, 'test').items() if k in (best, self.reference_arm()) and None not in v.values()}
     if best not in scores: yield 'The test rows have not been read.'; return
     yield f'On the test rows: {best} {_interval_text(seed_interval(scores[best].values()))}.'
-    if len(scores) > 1: yield f'There it is {_against(compare_arms(scores, self.reference_arm(), self._better(metric))[best], "the reference")}.'
+    if len(scores) > 1: yield f'There it {_against(compare_arms(scores, self.reference_arm(), self._better(metric))[best], "the reference")}.'
 
 # %% ../nbs/33_study.ipynb #4b44b792
 _palette = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#000000')
@@ -1045,7 +1046,7 @@ def _how_it_is_read(self:Results):
     "What the numbers mean"
     return ("## How to read this\n\nMeans and 95 % intervals (t) are over seeds: another seed, the same rows. Differences to the reference are paired by seed; p values are those of paired "
             "t tests, corrected by Holm's method for all lines of a table; the effect is d_z with the correction of Hedges. Arms are ranked by samples, never by losses of different flows. "
-            f"Chosen on validation, tested once. Everything here can be made again from study.json (`Results.load`), the study itself by:\n\n```json\n{to_json(dict(grid=self.study['grid'], seeds=self.study['seeds'], evaluation=self.study['evaluation'], metric=self.study['metric']))}\n```")
+            f"Chosen on validation, tested once: comparisons with the chosen arm on validation flatter it, since it was chosen by those very numbers; on the test rows they do not. Everything here can be made again from study.json (`Results.load`), the study itself by:\n\n```json\n{to_json(dict(grid=self.study['grid'], seeds=self.study['seeds'], evaluation=self.study['evaluation'], metric=self.study['metric']))}\n```")
 
 # %% ../nbs/33_study.ipynb #ad5ad484
 @patch
