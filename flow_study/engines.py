@@ -139,7 +139,7 @@ def _context(threads):
     return context
 
 # %% ../nbs/32_engines.ipynb #3a9cfd44
-GRACE_SECONDS = 10. # For a run to stop in good order
+GRACE_SECONDS = 60. # For a run to stop in good order, on a busy machine too
 
 def _end_with_parent():
     "Stop this process when the one that started it is gone"

@@ -324,7 +324,7 @@ def run(self:Study,
     retry:bool=False, # Try failed runs again
     measure:bool=True, # Build every cell first, and time some steps
     test:bool=True, # Read the test rows, once, when all runs have ended
-): # `Results`
+)->'Results':
     "Carry out what is not done, evaluate it, write the report; after an interruption the same call goes on"
     self._check_report()
     self.report_dir.mkdir(parents=True, exist_ok=True)
@@ -454,7 +454,7 @@ class Results:
     @classmethod
     def load(cls,
         path # A `study.json`
-    ): # `Results`
+    )->'Results':
         "From the report of a study"
         found = _read_study(path)
         return cls(found['study'], found['runs'], Path(path).parent)
@@ -477,13 +477,18 @@ def _row(study, config):
     state, status = run_state(job), read_status(config.run_dir)
     row = dict(run=config.run_name, run_dir=str(config.run_dir), seed=config.seed, state=state, axes={k: getattr(config, k) for k in study.axes},
                task={k: getattr(config, k) for k in ('data_dir', 'dataset')}, flow=config.flow, loss_key=_loss_key(config), off_protocol=sorted(config.overrides))
-    if state in ('failed', 'trained'): row['reason'] = ' '.join(str(status.get('reason') or _reason(job, 1)).split())
+    why = status.get('reason') if state == 'failed' else _failed_before(study).get(config.run_name)
+    if state != 'done' and why: row['reason'] = ' '.join(why.split())
     if state not in ('done', 'trained'): return row
     row |= {k: status.get(k) for k in ('parameters', 'epoch', 'step', 'best_val_loss', 'verdict')} | dict(time_seconds=status.get('elapsed_seconds'))
     return row | dict(device=(status.get('device') or {}).get('name'), curve=_curve(config.run_dir), val=_measured(evaluation_of(job)), test=_measured(evaluation_of(study.job(config, 'test'))),
                       reads=_reads(config.run_dir))
 
 # %% ../nbs/33_study.ipynb #0ba597aa
+def _failed_before(study):
+    "Runs that failed in the last call, and why, where their own directories do not say it"
+    return read_status(study.report_dir).get('failed') or {}
+
 def _measured(report):
     "What a study keeps of an evaluation"
     if not report: return None
@@ -654,8 +659,15 @@ def leaderboard(self:Results,
     metric:str=None, # What to rank by; by default the metric of the study
 )->Leaderboard:
     "All arms and closed forms, task by task, the best first"
-    metric = metric or self.study['metric']
-    return Leaderboard(row for task in self.tasks() for row in self._ranked(task, metric))
+    return Leaderboard(row for task in self.tasks() for row in self.leaderboard_of(task, metric))
+
+@patch
+def leaderboard_of(self:Results,
+    task:dict, # One of `tasks`
+    metric:str=None, # By default that of the study
+)->Leaderboard:
+    "The arms and closed forms of one task, the best first"
+    return Leaderboard(self._ranked(task, metric or self.study['metric']))
 
 @patch
 def _ranked(self:Results, task, metric):
@@ -804,9 +816,9 @@ def _interval_text(i):
 
 def _against(c, other):
     "One comparison"
-    if c.paired.n < MIN_SEEDS: return f'nothing can be concluded about {other} ({c.paired.n} seeds)'
+    if c.paired.n < MIN_SEEDS: return f'cannot be compared with {other} ({c.paired.n} seeds)'
     p, needed = f'{_cell(c.paired.difference)} ({_cell(c.paired.low)} to {_cell(c.paired.high)}), corrected p {_cell(c.p_holm)}', c.seeds_needed or 'more than 1000'
-    return f'cannot be told apart from {other}: {p}; {needed} seeds would be needed for a difference of this size' if c.verdict == 'cannot be told apart' else f'{c.verdict} than {other}: {p}'
+    return f'cannot be told apart from {other}: {p}; {needed} seeds would be needed for a difference of this size' if c.verdict == 'cannot be told apart' else f'is {c.verdict} than {other}: {p}'
 
 @patch
 def conclusions(self:Results,
@@ -819,7 +831,8 @@ def conclusions(self:Results,
     if len(self.study['seeds']) < MIN_SEEDS: return [f"Nothing can be concluded: {MIN_SEEDS} seeds are the least, here {'are' if len(self.study['seeds']) > 1 else 'is'} {len(self.study['seeds'])}."]
     if best is None: return ['Nothing can be concluded: no arm has all its seeds.']
     if spoiled: return [self._no_metric(task, metric, spoiled)]
-    return [f'The {self._better(metric)[:-2]}est {metric} on validation: **{best}**, {_interval_text(seed_interval(scores[best].values()))}.',
+    floor = any(_has(r, metric) and r['val']['metrics'][metric]['better'] == 'floor' for r in self.runs)
+    return [f"The {self._better(metric)[:-2]}est {'distance of its floor to ' if floor else ''}{metric} on validation: **{best}**, {_interval_text(seed_interval(scores[best].values()))}.",
             *self._beside(task, metric, best, scores), *self._axis_sentences(task, metric), *self._test_sentences(task, metric, best)]
 
 @patch
@@ -844,7 +857,7 @@ def _beside(self:Results, task, metric, best, scores):
     same = [k for k, c in others.items() if c.verdict == 'cannot be told apart']
     if same: yield f"{len(same)} of {len(others)} other arms cannot be told apart from it: " + ', '.join(f"{k} ({others[k].seeds_needed or '> 1000'} seeds needed)" for k in same) + '.'
     elif others: yield f'All {len(others)} other arms are worse.' if all(c.verdict == 'worse' for c in others.values()) else 'No other arm has the seeds to be compared with it.'
-    if best != self.reference_arm(): yield f'It is {_against(compare_arms(scores, self.reference_arm(), better)[best], "the reference, " + self.reference_arm())}.'
+    if best != self.reference_arm(): yield f'It {_against(compare_arms(scores, self.reference_arm(), better)[best], "the reference, " + self.reference_arm())}.'
 
 @patch
 def _axis_sentences(self:Results, task, metric):
@@ -854,7 +867,7 @@ def _axis_sentences(self:Results, task, metric):
         reference = str(self.study['reference'][axis])
         effects = self.main_effects(axis, task, metric)
         for value, c in compare_arms(effects, reference, self._better(metric)).items():
-            yield f'Averaged over everything else, {axis} {value} is {_against(c, reference)}.'
+            yield f'Averaged over everything else, {axis} {value} {_against(c, reference)}.'
 
 @patch
 def _test_sentences(self:Results, task, metric, best):
@@ -863,7 +876,7 @@ def _test_sentences(self:Results, task, metric, best):
     scores = {k: v for k, v in self.scores(task, metric, 'test').items() if k in (best, self.reference_arm()) and None not in v.values()}
     if best not in scores: yield 'The test rows have not been read.'; return
     yield f'On the test rows: {best} {_interval_text(seed_interval(scores[best].values()))}.'
-    if len(scores) > 1: yield f'There it is {_against(compare_arms(scores, self.reference_arm(), self._better(metric))[best], "the reference")}.'
+    if len(scores) > 1: yield f'There it {_against(compare_arms(scores, self.reference_arm(), self._better(metric))[best], "the reference")}.'
 
 # %% ../nbs/33_study.ipynb #4b44b792
 _palette = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#000000')
@@ -1010,7 +1023,7 @@ def _report_parts(self:Results, pictures):
         yield f'## {self.task_name(task)}'
         yield '\n'.join(f'- {s}' for s in self.conclusions(task)) if done else 'No run is done.'
         if not done: continue
-        yield Leaderboard(self._ranked(task, self.study['metric'])).to_markdown()
+        yield self.leaderboard_of(task).to_markdown()
         yield from (f'![{title}]({name})' for title, name in pictures.get(self.task_name(task), []))
     yield from (f'![{title}]({name})' for title, name in pictures.get(None, []))
     if failed := [r for r in self.runs if r['state'] != 'done']: yield '## Not done\n\n' + '\n'.join(f"- {r['run']}: {r['state']}. {r.get('reason', '')}".rstrip() for r in failed)
@@ -1033,7 +1046,7 @@ def _how_it_is_read(self:Results):
     "What the numbers mean"
     return ("## How to read this\n\nMeans and 95 % intervals (t) are over seeds: another seed, the same rows. Differences to the reference are paired by seed; p values are those of paired "
             "t tests, corrected by Holm's method for all lines of a table; the effect is d_z with the correction of Hedges. Arms are ranked by samples, never by losses of different flows. "
-            f"Chosen on validation, tested once. Everything here can be made again from study.json (`Results.load`), the study itself by:\n\n```json\n{to_json(dict(grid=self.study['grid'], seeds=self.study['seeds'], evaluation=self.study['evaluation'], metric=self.study['metric']))}\n```")
+            f"Chosen on validation, tested once: comparisons with the chosen arm on validation flatter it, since it was chosen by those very numbers; on the test rows they do not. Everything here can be made again from study.json (`Results.load`), the study itself by:\n\n```json\n{to_json(dict(grid=self.study['grid'], seeds=self.study['seeds'], evaluation=self.study['evaluation'], metric=self.study['metric']))}\n```")
 
 # %% ../nbs/33_study.ipynb #ad5ad484
 @patch
@@ -1201,7 +1214,7 @@ def summary(self:Results)->str:
     "For the end of the script"
     done = sum(r['state'] == 'done' for r in self.runs)
     parts = [f'\n{self.task_name(t)}\n' + '\n'.join(f'  {s}' for s in self.conclusions(t)) for t in self.tasks()] if done else []
-    failed = [f"failed: {r['run']}: {r.get('reason', '')}" for r in self.runs if r['state'] in ('failed', 'trained')]
+    failed = [f"failed: {r['run']}: {r.get('reason', '')}" for r in self.runs if r.get('reason')]
     return '\n'.join([f'{done} of {len(self.runs)} runs done', *failed, *parts, f"\nReport: {self.folder/'report.md'}"])
 
 # %% ../nbs/33_study.ipynb #65a719b6

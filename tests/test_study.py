@@ -78,7 +78,7 @@ def test_killed_at_random_moments_it_is_the_study_that_was_never_killed(sweep):
         study.process.wait(30)
         kills += 1
         assert below  # there was something to leave behind
-        until(lambda: gone(below), 30)
+        until(lambda: gone(below), 90)
     code, out, err = sweep('--no-measure').end(300)
     assert (code, err) == (0, ''), err
     assert {k: read_status(RUNS/k)['state'] for k in NAMES} == dict.fromkeys(NAMES, 'finished')
@@ -89,7 +89,7 @@ def test_killed_at_random_moments_it_is_the_study_that_was_never_killed(sweep):
 
 
 def test_two_at_once_are_refused_and_sigterm_stops_in_good_order(sweep):
-    study = sweep('--no-measure', grid=[*GRID, '--epochs', '100000', '--patience', '100000'])
+    study = sweep('--no-measure', grid=[*GRID, '--epochs', '100000', '--patience', '100000', '--compile', 'off'])
     study.until(lambda: sum(read_status(RUNS/k).get('epoch', 0) > 0 for k in NAMES) == 2, 120)
     code, out, err = sweep('--no-measure').end()
     assert code == 1 and f'is being written by process {study.pid}' in err
@@ -97,7 +97,7 @@ def test_two_at_once_are_refused_and_sigterm_stops_in_good_order(sweep):
     study.send(signal.SIGTERM)
     code, out, err = study.end()
     assert code == 143 and 'the same command goes on' in out
-    until(lambda: gone(below), 30)
+    until(lambda: gone(below), 90)
     assert [read_status(RUNS/k)['state'] for k in NAMES[:2]] == ['interrupted']*2
     assert read_status(REPORT)['state'] == 'interrupted' and not (REPORT/'lock').exists()
 
