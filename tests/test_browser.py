@@ -101,9 +101,11 @@ def voila(serve):
 @pytest.fixture(scope='module')
 def lab(serve, home):
     "JupyterLab without questions"
-    settings = home/'config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings'
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    for name, values in (('apputils-extension/notification', dict(fetchNews='false', checkForUpdates=False)),
+                         ('notebook-extension/tracker', dict(windowingMode='none'))):  # cells out of sight stay in the page
+        settings = home/f'config/lab/user-settings/@jupyterlab/{name}.jupyterlab-settings'
+        settings.parent.mkdir(parents=True)
+        settings.write_text(json.dumps(values))
     return serve('jupyter', 'lab', '--no-browser', '--port={port}', '--ip=127.0.0.1', '--allow-root', '--IdentityProvider.token=',
                  '--LabApp.extension_manager=readonly', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate')
 
@@ -180,7 +182,7 @@ def test_curves_move(home, voila, page, going):
     click_row(p, 'done')
     line = lambda: p.evaluate("[...document.querySelectorAll('.fs svg [id^=line2d] path')].map(x => x.getAttribute('d')).join()")
     until(lambda: p.locator('.fs svg').count() and len(line()) > 500 or p.wait_for_timeout(100))
-    assert [t.strip('●◆■ ') for t in p.locator('.fs-legend > span').all_inner_texts()][:2] == ['moving', 'done']
+    until(lambda: [t.strip('●◆■ ') for t in p.locator('.fs-legend > span').all_inner_texts()][:2] == ['moving', 'done'] or p.wait_for_timeout(100))
     first, epoch = line(), table(p)['moving']['epoch']
     until(lambda: line() != first and table(p)['moving']['epoch'] != epoch or p.wait_for_timeout(100))
     picture(p, 'dashboard')
@@ -250,7 +252,7 @@ def test_legible(home, voila, page, theme):
 
 def test_lab_restart_loses_nothing(home, lab, page, going):
     going('restarted')
-    p = page(f'{lab}/lab/tree/restart.ipynb', '.jp-Notebook .cm-content')
+    p = page(f'{lab}/lab/tree/restart.ipynb?reset', '.jp-Notebook .cm-content')
     run_all(p)
     p.wait_for_selector('.fs-row')
     before, kernel = set(table(p)), p.locator('.jp-OutputArea-output', has_text='kernel').inner_text()
@@ -267,7 +269,7 @@ def test_lab_restart_loses_nothing(home, lab, page, going):
 
 def test_lab_training_in_the_next_cell(home, lab, page):
     "The kernel is busy training; the dashboard in the cell above sees it, pauses it and stops it"
-    p = page(f'{lab}/lab/tree/train.ipynb', '.jp-Notebook .cm-content')
+    p = page(f'{lab}/lab/tree/train.ipynb?reset', '.jp-Notebook .cm-content')
     run_all(p)
     p.wait_for_selector('.fs-row')
     says(p, 'in-a-cell', 'state', 'running')

@@ -112,7 +112,7 @@ def test_orphans(ci_tool, tmp_path):
 def project(tmp_path, **notebooks):
     "A small nbdev project with these notebooks: `{name: cells}`"
     settings = (ROOT/'settings.ini').read_text(encoding='utf-8')
-    (tmp_path/'settings.ini').write_text(settings, encoding='utf-8')
+    (tmp_path/'settings.ini').write_text(settings.replace('custom_sidebar = True', 'custom_sidebar = False'), encoding='utf-8')
     (tmp_path/'nbs').mkdir()
     (tmp_path/'nbs'/'_quarto.yml').write_text((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     for name, cells in notebooks.items(): write_nb(tmp_path/'nbs'/f'{name}.ipynb', *cells)

@@ -400,7 +400,7 @@ def test_validation_not_finite(train_main):
 @pytest.fixture
 def hungry(place):
     "A network under the name `hungry` that runs out of memory in its fifth step"
-    from flow_study import models
+    from flow_study import layers, models
     class Hungry(models.SimpleVelocityNet):
         steps = 0
         def forward(self, x, t):
@@ -412,7 +412,7 @@ def hungry(place):
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 65536.00 GiB')
     models.register_model('hungry', Hungry)
     yield
-    del models._models['hungry']
+    del layers._models['hungry']
 
 
 def out_of_memory(train_main, *options):
