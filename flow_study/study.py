@@ -23,7 +23,7 @@ from .console import Parser, complain, setup_logging
 from .engines import Job, _context, _end_with_parent, config_on_disk, create_engine, evaluation_arguments, evaluation_of, run_state
 from .files import publish, publish_json, to_json
 from .rundir import acquire_lock, read_metrics, read_status, this_process
-from .statistics import MIN_SEEDS, compare_arms, fit_power_law, mean_ranks, plot_ranks, seed_interval, smallest_effect, smallest_p
+from .statistics import MIN_SEEDS, _holm, compare_arms, fit_power_law, mean_ranks, paired_test, plot_ranks, seed_interval, smallest_effect, smallest_p
 from .train import _add_how
 
 # %% ../nbs/33_study.ipynb #f9ce177c
@@ -842,7 +842,18 @@ def _no_metric(self:Results, task, metric, spoiled):
     return (f"Nothing can be concluded from {metric}: on these rows it does not tell {', '.join(k.replace('_', ' ') for k in spoiled)} from real rows. "
             f"Metrics that no null passes here: {', '.join(trusted) or 'none; more held-out rows are needed'}.")
 
-# %% ../nbs/33_study.ipynb #ebb27384
+# %% ../nbs/33_study.ipynb #3287f56a
+@patch
+def _contradictions(self:Results, task, metric, best):
+    "Other metrics by which an arm is worse than the reference, corrected together"
+    names, reference = [m for m in _metrics(self.runs) if m != metric], self.reference_arm()
+    if best == reference: return []
+    scores = {m: self.scores(task, m) for m in names}
+    tests = {m: paired_test(scores[m][best], scores[m][reference]) for m in names}
+    p = _holm({m: c.p for m, c in tests.items()})
+    return [f'{m} ({_cell(c.difference)}, corrected p {_cell(p[m])})' for m, c in tests.items() if p[m] < 0.05 and (c.difference > 0) == (self._better(m) == 'lower')]
+
+# %% ../nbs/33_study.ipynb #db70b878
 @patch
 def _beside(self:Results, task, metric, best, scores):
     "The chosen arm beside closed forms and the other arms"
@@ -858,6 +869,7 @@ def _beside(self:Results, task, metric, best, scores):
     if same: yield f"{len(same)} of {len(others)} other arms cannot be told apart from it: " + ', '.join(f"{k} ({others[k].seeds_needed or '> 1000'} seeds needed)" for k in same) + '.'
     elif others: yield f'All {len(others)} other arms are worse.' if all(c.verdict == 'worse' for c in others.values()) else 'No other arm has the seeds to be compared with it.'
     if best != self.reference_arm(): yield f'It {_against(compare_arms(scores, self.reference_arm(), better)[best], "the reference, " + self.reference_arm())}.'
+    if worse := self._contradictions(task, metric, best): yield f"**But by other metrics it is worse than the reference: {', '.join(worse)}.** A winner by one metric alone may have learned that metric."
 
 @patch
 def _axis_sentences(self:Results, task, metric):
@@ -945,6 +957,7 @@ def plot_heatmap(self:Results,
     ax=None, # Axes to draw on; new ones by default
 ):
     "The metric for each pair of values of two axes, averaged over the others and over seeds; gives the axes"
+    metric = metric or self.study['metric']
     scores, cells = self.scores(task, metric), {}
     for r in self.runs:
         if r['task'] == task: cells.setdefault((str(r['axes'][rows]), str(r['axes'][columns])), []).append(scores[_arm_name(r['axes'])][r['seed']])
@@ -955,7 +968,7 @@ def plot_heatmap(self:Results,
     middle = (image.norm.vmin + image.norm.vmax)/2 if image.norm.vmin is not None else 0
     for (i, line) in enumerate(table):
         for j, v in enumerate(line): ax.text(j, i, _cell(v), ha='center', va='center', fontsize=8, color='white' if (v > middle) == (self._better(metric) == 'lower') else 'black')
-    ax.set(xticks=range(len(xs)), yticks=range(len(ys)), xticklabels=xs, yticklabels=ys, xlabel=columns, ylabel=rows, title=f"{self.task_name(task)}: {metric or self.study['metric']}")
+    ax.set(xticks=range(len(xs)), yticks=range(len(ys)), xticklabels=xs, yticklabels=ys, xlabel=columns, ylabel=rows, title=f'{self.task_name(task)}: {metric} (bright is better)')
     return ax
 
 # %% ../nbs/33_study.ipynb #28e76b16

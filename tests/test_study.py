@@ -256,6 +256,24 @@ def test_what_better_means(better, best):
     assert [row['arm'] for row in r.leaderboard() if row['place'] == 1] == [best]
 
 
+def test_a_winner_that_loses_by_another_metric_is_told():
+    r = results(dict(a=[1., 1.1, 1.2], b=[0.1, 0.22, 0.31]), [1, 2, 3])
+    for run in r.runs: run['val']['metrics']['other'] = dict(run['val']['metrics']['m'], value=run['val']['metrics']['m']['value'] + run['seed'], better='higher')
+    assert 'by other metrics it is worse than the reference: other (-' in ' '.join(r.conclusions(r.tasks()[0]))
+
+
+def test_bright_is_better():
+    low, high = (results({k: [v]*3 for k, v in dict(a=1., b=2.).items()}, [1, 2, 3], better) for better in ('lower', 'higher'))
+    for r in (low, high):
+        for run in r.runs: run['axes'] = dict(arch='x', flow=run['axes']['flow'])
+        r.study['axes'], r.study['reference'] = dict(arch=['x'], flow=['a', 'b']), dict(arch='x', flow='a')
+    def brightness(r):
+        image = r.plot_heatmap(r.tasks()[0]).images[0]
+        return [sum(c[:3]) for c in image.cmap(image.norm(image.get_array()))[0]]
+    (a, b), (c, d) = brightness(low), brightness(high)
+    assert a > b and d > c
+
+
 def test_an_arm_with_a_missing_run_is_not_chosen():
     r = results(dict(a=[1., 1.1, 1.2], b=[0.1, 0.2, 0.3]), [1, 2, 3])
     r.runs[-1]['val'] = None
