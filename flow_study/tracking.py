@@ -311,12 +311,12 @@ def _give_up(self:WandbTracker):
 @patch
 def _init(self:WandbTracker, run, mode):
     "Call W&B with everything said that it would otherwise guess, ask or wait for"
-    wandb = _import_wandb()
+    wandb, c = _import_wandb(), run['config']
     limits = dict(init_timeout=self.timeout, finish_timeout=self.timeout*(30 if self.upload else 1), finish_timeout_raises=True)
     settings = wandb.Settings(silent=True, console='off', disable_git=True, save_code=False, **limits)
-    return wandb.init(project=self.project, id=self.id, name=run['run_name'], group=run['config']['group'], config=run['config'],
+    return wandb.init(project=self.project, id=self.id, name=run['run_name'], group=c['group'], config=c,
                       dir=run['run_dir'], mode=mode, resume='allow' if mode == 'online' else None, reinit='create_new', settings=settings,
-                      tags=['off-protocol'] if run['overrides'] else None)
+                      tags=[*dict.fromkeys(c[k][:64] for k in ('arch', 'flow', 'dataset', 'aug') if k in c), *['off-protocol'][:len(run['overrides'])]])
 
 # %% ../nbs/27_tracking.ipynb #1ff4b155
 @patch
