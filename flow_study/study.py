@@ -324,7 +324,7 @@ def run(self:Study,
     retry:bool=False, # Try failed runs again
     measure:bool=True, # Build every cell first, and time some steps
     test:bool=True, # Read the test rows, once, when all runs have ended
-)->'Results':
+): # `Results`
     "Carry out what is not done, evaluate it, write the report; after an interruption the same call goes on"
     self._check_report()
     self.report_dir.mkdir(parents=True, exist_ok=True)
@@ -454,7 +454,7 @@ class Results:
     @classmethod
     def load(cls,
         path # A `study.json`
-    )->'Results':
+    ): # `Results`
         "From the report of a study"
         found = _read_study(path)
         return cls(found['study'], found['runs'], Path(path).parent)

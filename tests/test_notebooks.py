@@ -112,6 +112,11 @@ def test_imports_have_cells_of_their_own(code):
     if has_docs(code): assert [cell.source for cell in code if mixes(cell.source)] == []
 
 
+def test_annotations_name_what_is_known(code):
+    "For the pages nbdev evaluates them in their cell: a quoted name that is defined further down ends the build"
+    assert [c.source[:80] for c in code if re.search(r"""\)\s*->\s*['"]""", c.source)] == []
+
+
 @pytest.mark.parametrize('source, wanted', [
     ('import os', False), ('import os\nos.getcwd()', True), ('#| export\nimport os\nx = 1', False),
     ('#| eval: false\nimport os\nx = 1', False), ('def f():\n    import os\n    return os.sep', False),
