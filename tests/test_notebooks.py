@@ -113,8 +113,9 @@ def test_imports_have_cells_of_their_own(code):
 
 
 def test_annotations_name_what_is_known(code):
-    "For the pages nbdev evaluates them in their cell: a quoted name that is defined further down ends the build"
-    assert [c.source[:80] for c in code if re.search(r"""\)\s*->\s*['"]""", c.source)] == []
+    "For the pages nbdev evaluates them: a quoted name that a later cell defines ends the build"
+    quoted = [(i, name) for i, c in enumerate(code) for name in re.findall(r"""\)\s*->\s*['"](\w+)['"]""", c.source)]
+    assert [name for i, name in quoted if any(re.search(rf'^class {name}\b', c.source, flags=re.M) for c in code[i + 1:])] == []
 
 
 @pytest.mark.parametrize('source, wanted', [
