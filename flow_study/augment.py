@@ -17,11 +17,13 @@ def mixup(
     x1:torch.Tensor, # (b, d) normalised rows
     generator:torch.Generator, # On the device of `x1`
     max_share:float=0.4, # Largest share of the other row
+    keep_variance:bool=True, # Undo the shrinking of the covariance; `False` is the textbook's form
 )->torch.Tensor: # (b, d)
-    "Each row moved towards another row of the batch by a share drawn from U(0, `max_share`)"
+    "Each row mixed with another row of the batch, by a share drawn from U(0, `max_share`)"
     other = x1[torch.randperm(len(x1), generator=generator, device=x1.device)]
     share = max_share*torch.rand(len(x1), 1, generator=generator, device=x1.device, dtype=x1.dtype)
-    return torch.lerp(x1, other, share)
+    mixed = torch.lerp(x1, other, share)
+    return mixed/((1 - share)**2 + share**2).sqrt() if keep_variance else mixed
 
 # %% ../nbs/07_augment.ipynb #6009885e
 def add_noise(
@@ -42,8 +44,8 @@ def drop_out(
     return x1*keep
 
 # %% ../nbs/07_augment.ipynb #c5b586d0
-_kinds = {'mixup': mixup, 'noise': add_noise, 'dropout': drop_out}
-_strengths = {'mixup_share': ('mixup', 'max_share'), 'noise_std': ('noise', 'std'), 'dropout_p': ('dropout', 'p')}
+_kinds = {'mixup': mixup, 'mixup-plain': partial(mixup, keep_variance=False), 'noise': add_noise, 'dropout': drop_out}
+_strengths = {'mixup_share': (('mixup', 'mixup-plain'), 'max_share'), 'noise_std': (('noise',), 'std'), 'dropout_p': (('dropout',), 'p')}
 
 def register_augment(
     name:str, # The name used in configs, without `+`
@@ -68,7 +70,7 @@ def create_augment(
 
 def _strong(name, strengths):
     "The augmentation of one name with its strengths"
-    own = {arg: strengths[k] for k, (kind, arg) in _strengths.items() if kind == name and k in strengths}
+    own = {arg: strengths[k] for k, (kinds, arg) in _strengths.items() if name in kinds and k in strengths}
     for k, v in own.items():
         if not v >= 0: raise bad_value(k, v, 'a number that is not negative')
     return partial(_kinds[name], **own) if own else _kinds[name]

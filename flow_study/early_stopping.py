@@ -29,12 +29,13 @@ class EarlyStopping:
         self.best_loss, self.counter = math.inf, 0
 
     def __call__(self,
-        loss # Validation loss, a number or a tensor of one
+        loss, # Validation loss, a number or a tensor of one
+        counts:bool=True, # Whether patience is spent if it is no improvement
     )->bool: # Whether this is the best so far
         "Take note of a loss"
         improved = float(loss) < self.best_loss - self.min_delta  # a comparison with NaN is False: NaN never improves
         if improved: self.best_loss, self.counter = float(loss), 0
-        else: self.counter += 1
+        elif counts: self.counter += 1
         return improved
 
     @property

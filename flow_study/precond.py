@@ -45,9 +45,10 @@ class Preconditioned(nn.Module):
         net:nn.Module, # Network of the width `seen_width(base, axes)`
         base:ClosedForm, # `GaussianVelocity` or `UnitGaussianVelocity`
         axes:int=256, # Principal axes that the network sees, the widest ones; all coordinates where there are none
+        reach:float=0.3, # Of the open spread that the network's output is measured in, behind a `GaussianVelocity`
     ):
         super().__init__()
-        self.net, self.base, self.axes = net, base, seen_width(base, axes)
+        self.net, self.base, self.axes, self.reach = net, base, seen_width(base, axes), reach
 
     def forward(self, x, t, *cond): # (b, d), times as for `as_column`, and a condition where the network takes one
         c = self.base.coefficients(x, t)
@@ -56,7 +57,7 @@ class Preconditioned(nn.Module):
             return self.base(x, t) + open_spread(c, one)*self.net(x*seen_gain(c, one), t, *cond)
         basis, variances = self.base.basis[:, :self.axes], self.base.variances[:self.axes]
         seen = ((x - c.alpha*self.base.mean) @ basis)*seen_gain(c, variances)
-        return self.base(x, t) + (open_spread(c, variances)*self.net(seen, t, *cond)) @ basis.T
+        return self.base(x, t) + (self.reach*open_spread(c, variances)*self.net(seen, t, *cond)) @ basis.T
 
 # %% ../nbs/15_precond.ipynb #34964936
 def seen_width(

@@ -407,7 +407,8 @@ class _Progress:
     def _tell_of(self, job, code, state, again):
         if state == 'done': self.done += 1
         elif not again: self.failed[job.run_dir.name] = _reason(job, code)
-        word = 'done' if state == 'done' else f'ended by signal {-code}, tried again' if again and code < 0 else 'waited for' if again else 'failed: ' + self.failed[job.run_dir.name]
+        done = 'done' if job.split == 'val' else f'evaluated on {job.split} rows'
+        word = done if state == 'done' else f'ended by signal {-code}, tried again' if again and code < 0 else 'waited for' if again else 'failed: ' + self.failed[job.run_dir.name]
         _logger.info('[%d/%d] %s %s%s', self.done, len(self.jobs), job.run_dir.name, word, self._left())
 
 # %% ../nbs/34_study.ipynb #1b2a2e80

@@ -392,7 +392,7 @@ def _end_epoch(self:FlowTrainer):
         loss, stopping = self.validate(), copy(self.early_stopping)
         if not math.isfinite(loss): raise NonFiniteError(self._where('the validation loss', self.global_step) + 'Look for extreme values in the data')
         best = self.last_validation.per_row
-        improved = stopping(loss)
+        improved = stopping(loss, counts=self.global_step > self.warmup_steps)
         line |= {'val/loss': loss, 'val/best_loss': stopping.best_loss, 'patience_left': c.patience - stopping.counter}
         if epoch % 10 == 0 or last or stopping.should_stop: line['val/raw_loss'] = self._measure(self.bank).mean
         self.final_val_loss, self.early_stopping = loss, stopping
