@@ -35,8 +35,8 @@ from flow_study.trainer import FlowTrainer, choose_average
 
 SEEDS = (42, 43, 44)
 DRAWS = 32
-# 1,200 steps of 256 rows, whether 800 or 8,000 of them are there, and about 40 validations
-BUDGET = {'1k': dict(epochs=400, val_frequency=10), '10k': dict(epochs=39, val_frequency=1)}
+# 1,800 steps of 256 rows, whether 800 or 8,000 of them are there, and about 60 validations
+BUDGET = {'1k': dict(epochs=600, val_frequency=10), '10k': dict(epochs=58, val_frequency=1)}
 BEST = dict(arch='mlp', aug='mixup', lr=2e-3, warmup_steps=150, ema_snapshots=6)
 # The rows of the table: a name, and what it changes; run for all seeds
 ROWS = {

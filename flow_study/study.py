@@ -624,7 +624,9 @@ class Leaderboard(list):
 def _cell(v):
     "A value for a reader"
     if v is None or v != v: return '-'
-    return (f'{v:.4f}' if 0.001 <= abs(v) < 1000 or v == 0 else f'{v:.2e}') if isinstance(v, float) else str(v)
+    if not isinstance(v, float): return str(v)
+    if abs(v) < 1e-12: return '0.0000'  # what is left of two equal sums
+    return f'{v:.4f}' if 0.001 <= abs(v) < 1000 else f'{v:.2e}'
 
 def _text_table(lines):
     "Lines of equal columns"
