@@ -132,16 +132,27 @@ def compute(wanted, out, workers):
 def spread(values): return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def here(cells, task, flow, library):
+    "The cells of one place in the table, of all seeds"
+    return [c for c in cells if (c['task'], c['flow'], c['library']) == (task, flow, library)]
+
+
+def agree(cells, task, flow):
+    "Whether the means of both libraries lie within twice the larger spread, for both numbers"
+    def near(m):
+        (a, s), (b, r) = (spread([c[m] for c in here(cells, task, flow, lib)]) for lib in LIBRARIES)
+        return abs(a - b) <= 2*max(s, r)
+    return near('w2') and near('npe')
+
+
 def table(cells):
     "A row for each task and flow, both libraries side by side"
     print(f"\n{'task':22}{'flow':8}" + ''.join(f'{m + " " + lib:>26}' for m in ('W2', 'NPE') for lib in LIBRARIES) + '   agree   processor ms a step')
     for task in TASKS:
         for name in FLOWS:
-            here = {lib: [c for c in cells if (c['task'], c['flow'], c['library']) == (task, name, lib)] for lib in LIBRARIES}
-            values = {(m, lib): spread([c[m] for c in here[lib]]) for m in ('w2', 'npe') for lib in LIBRARIES}
-            agree = all(abs(values[m, 'flow_study'][0] - values[m, 'torchcfm'][0]) <= 2*max(values[m, lib][1] for lib in LIBRARIES) for m in ('w2', 'npe'))
-            ms = [1000*statistics.median(c['seconds']/c['steps'] for c in here[lib]) for lib in LIBRARIES]
-            print(f'{task:22}{name:8}' + ''.join(f'{a:17.3f} ± {b:.3f} ' for a, b in values.values()) + f"{'yes' if agree else 'no':>8}   {ms[0]:.1f} and {ms[1]:.1f}")
+            values = [spread([c[m] for c in here(cells, task, name, lib)]) for m in ('w2', 'npe') for lib in LIBRARIES]
+            ms = [1000*statistics.median(c['seconds']/c['steps'] for c in here(cells, task, name, lib)) for lib in LIBRARIES]
+            print(f'{task:22}{name:8}' + ''.join(f'{a:17.3f} ± {b:.3f} ' for a, b in values) + f"{'yes' if agree(cells, task, name) else 'no':>8}   {ms[0]:.1f} and {ms[1]:.1f}")
 
 
 if __name__ == '__main__':
