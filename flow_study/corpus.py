@@ -285,6 +285,18 @@ def _digest(name, source):
         with open(_existing(name, source), 'rb') as f: return _sha256(iter(lambda: f.read(2**20), b''))
     return _texts_sha256(source) if _kind(source) == 'texts' else _table_sha256(source)
 
+# %% ../nbs/05_corpus.ipynb #e48bedb8
+def _conditions(cond):
+    "Conditions as a tensor, from a file where it is one; None stays None"
+    import torch
+    from flow_study.data import read_plain
+    if cond is None or not isinstance(cond, (str, Path)): return cond if cond is None else torch.as_tensor(cond)
+    path = _existing('cond', cond)
+    if path.suffix.lower() == '.npy': return torch.as_tensor(_read_npy(path)[0])
+    found = read_plain(path, 'conditions')
+    if isinstance(found.get('cond'), torch.Tensor): return found['cond']
+    raise bad_value('cond', str(path), "a .npy file of labels (n,) or vectors (n, c), or a .pt file of a dict with such a tensor as `cond`")
+
 # %% ../nbs/05_corpus.ipynb #e6343378
 def _sha256(blocks):
     "SHA-256 of the blocks, one after the other"
@@ -300,11 +312,11 @@ def _table_sha256(x):
     return table_sha256(as_table(x))
 
 # %% ../nbs/05_corpus.ipynb #b3f0f4d8
-def _request(source, texts, encoder, options, sizes, max_cosine, seed):
+def _request(source, texts, encoder, options, sizes, max_cosine, seed, cond=None):
     "What decides the data, as plain JSON values"
     return dict(kind=_kind(source), input_sha256=_digest('input', source), texts_sha256=_digest('texts', texts),
         encoder=encoder, options={k: str(v) for k, v in options.items()}, versions=_versions(source, encoder),
-        sizes=list(sizes), max_cosine=max_cosine, seed=seed)
+        sizes=list(sizes), max_cosine=max_cosine, seed=seed, cond_sha256=cond if cond is None else _sha256([json.dumps(_conditions(cond).tolist()).encode()]))
 
 def _versions(source, encoder):
     "The versions that decide texts and vectors"
@@ -388,19 +400,20 @@ def _take_place(new, place, overwrite):
     sync_folder(place.parent)
 
 # %% ../nbs/05_corpus.ipynb #bc9c4905
-def _table(source, texts, encoder, options):
-    "The table of an input and its texts, if any"
+def _table(source, texts, cond, encoder, options):
+    "The table of an input, its texts and conditions, if any"
     if _kind(source) == 'vectors':
         x, own = read_vectors(source) if isinstance(source, (str, Path)) else (source, None)
         if isinstance(texts, (str, Path)): texts = read_texts(texts, skip_blank=False)
-        return x, own if texts is None else list(texts)
+        return x, own if texts is None else list(texts), cond
     if source is None: source = stdlib_sentences()
     texts = read_texts(source) if isinstance(source, (str, Path)) else list(source)
     _logger.info('%d texts, to be embedded by %s', len(texts), encoder)
     x = encode_texts(texts, encoder, **options)
     known = x.any(1)
     if not known.all(): _logger.info('%d texts without a known word are left out', int((~known).sum()))
-    return x[known], [t for t, k in zip(texts, known.tolist()) if k]
+    if cond is not None and len(cond) != len(texts): raise bad_value('cond', f'{len(cond)} rows', f'one for each of the {len(texts)} texts')
+    return x[known], [t for t, k in zip(texts, known.tolist()) if k], cond if cond is None else cond[known]
 
 # %% ../nbs/05_corpus.ipynb #fd2eff0f
 def _record(request, source, x, texts, splits, folder):
@@ -425,38 +438,40 @@ def build_corpus(
     sizes=('1k', '5k', '10k'), # Sizes of the nested splits; those that do not fit are left out
     max_cosine:float=0.95, # Of two rows more alike than this the later one is dropped
     seed:int=42, # Decides the order of the rows
+    cond=None, # Conditions of the rows, for `--cond`: labels (n,) or vectors (n, c), or a file of them
     overwrite:bool=False, # Make the data in any case, and move an existing folder aside
     **options # For the encoder, such as `model`
 )->dict: # The record, as in `corpus.json`
     "Make `data_dir` from texts or vectors; where it holds these very data, only say so"
     encoder = encoder or (None if _kind(source) == 'vectors' else 'lsa')
     _check(data_dir, source, texts, encoder, options, sizes, max_cosine, seed)
-    request = _request(source, texts, encoder, options, sizes, max_cosine, seed)
+    request = _request(source, texts, encoder, options, sizes, max_cosine, seed, cond)
     record = _already(Path(data_dir), request, overwrite)
     if record: _logger.info('%s holds these data already: nothing to do', data_dir)
-    else: record = _build(data_dir, source, texts, request, options, overwrite)
+    else: record = _build(data_dir, source, texts, cond, request, options, overwrite)
     return record
 
 # %% ../nbs/05_corpus.ipynb #7ebb03f2
-def _build(data_dir, source, texts, request, options, overwrite):
+def _build(data_dir, source, texts, cond, request, options, overwrite):
     "Make the data of a request and let them appear"
     from flow_study.data import make_splits, parse_size, save_splits
     for size in request['sizes']: parse_size(size, 10)  # a wrong size is heard before an hour of encoding
     with _whole_folder(data_dir, overwrite) as folder:
-        x, texts = _table(source, texts, request['encoder'], options)
-        splits = make_splits(x, texts, request['sizes'], request['seed'], request['max_cosine'], scratch=folder)
+        x, texts, cond = _table(source, texts, _conditions(cond), request['encoder'], options)
+        splits = make_splits(x, texts, request['sizes'], request['seed'], request['max_cosine'], scratch=folder, cond=cond)
         save_splits(splits, folder)
         record = _record(request, source, x, texts, splits, folder)
         publish_json(folder/'corpus.json', record)
     return record
 
-# %% ../nbs/05_corpus.ipynb #644070e2
+# %% ../nbs/05_corpus.ipynb #600d0850
 def _parser():
     "The arguments of `flow_study_data`; those not given are left to `build_corpus`"
     p = Parser('flow_study_data', description=__doc__, argument_default=argparse.SUPPRESS)
     p.add_argument('source', nargs='?', metavar='INPUT', help="vectors (.pt, .npy, .safetensors) or a text file, one text a line; "
                    "without it the docstring sentences of Python's standard library")
     p.add_argument('--texts', metavar='FILE', help='texts of the vectors, one a line')
+    p.add_argument('--cond', metavar='FILE', help='conditions of the rows (.npy or .pt): labels, whole numbers from 0 up, or vectors')
     p.add_argument('--encoder', metavar='NAME', help=f"encoder of texts: {', '.join(_encoders)} (default lsa)")
     p.add_argument('--model', metavar='NAME', help='model of the encoder, a name or a local folder')
     p.add_argument('--device', metavar='NAME', help='where a pretrained encoder runs (default cpu)')

@@ -339,10 +339,12 @@ def make_splits(
     max_cosine:float=0.95, # Of two rows more alike than this, the later one is dropped first
     near_duplicate_rows:int=100_000, # Above this many rows only exact duplicates are dropped
     scratch=None, # Folder for splits of more than `MAPPED_FILE` bytes until they are saved; by default that for temporary files
+    cond=None, # Condition of each row: labels (n,), whole numbers from 0 up, or vectors (n, c)
 )->dict: # `{size: {'train' | 'val' | 'test': split}}`, each split a dict as it lies on disk
     "Nested train, validation and test splits without near-duplicates"
     x = as_table(embeddings)
     if texts is not None and len(texts) != len(x): raise DataError(f'{len(x)} embeddings but {len(texts)} texts')
+    cond = _as_cond(cond, len(x), 'the table')
     kept = _without_duplicates(x, max_cosine, near_duplicate_rows)
     rows = {s: parse_size(s, len(kept)) for s in sizes}
     fits = {s: n for s, n in rows.items() if 10 <= n <= len(kept)}
@@ -351,7 +353,7 @@ def make_splits(
                                  "Use `--sizes full` or a number of rows")
     order = kept[torch.randperm(len(kept), generator=keyed_generator(seed, 'splits'))]
     pools = _cut(order, max(fits.values()))
-    return {s: {k: _split(x, texts, pools[k][:m], k, s, scratch) for k, m in _counts(n).items()} for s, n in fits.items()}
+    return {s: {k: _split(x, texts, cond, pools[k][:m], k, s, scratch) for k, m in _counts(n).items()} for s, n in fits.items()}
 
 # %% ../nbs/04_data.ipynb #133831cb
 def _without_duplicates(x, max_cosine, near_duplicate_rows):
@@ -371,10 +373,11 @@ def _cut(order, n):
     c = _counts(n)
     return dict(zip(c, order[:n].split(list(c.values()))))
 
-def _split(x, texts, rows, split, size, scratch):
+def _split(x, texts, cond, rows, split, size, scratch):
     "One split as it lies on disk"
     texts = [texts[i] for i in rows.tolist()] if texts is not None else None
-    return dict(embeddings=take_rows(x, rows, scratch), instructions=texts, indices=rows.tolist(), split=split, size=size)
+    conditions = {} if cond is None else dict(cond=cond[rows])
+    return dict(embeddings=take_rows(x, rows, scratch), instructions=texts, indices=rows.tolist(), split=split, size=size, **conditions)
 
 # %% ../nbs/04_data.ipynb #88b1b86d
 def take_rows(

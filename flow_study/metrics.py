@@ -550,6 +550,12 @@ class _Subject(NamedTuple):
     train:object # Training rows
     held:object # Held-out rows
 
+    def conditions(self, n):
+        "The conditions of some training rows, in which every kind has its share; None for a network that takes none"
+        from flow_study.closed_form import some_rows
+        if not self.model.config.cond: return None
+        return some_rows(self.train.cond, n)
+
 def checkpoint_file(
     where, # A checkpoint file, a run directory, or the name of a run
     checkpoint_dir='study/checkpoints', # Folder of the run directories, for a name
@@ -604,8 +610,9 @@ def _losses(s):
     from flow_study.closed_form import HeldOutLoss, ValidationBank, held_out_loss, some_rows, verdict, yardsticks
     from flow_study.data import FlowDataset
     bank = ValidationBank(s.held, s.flow, draws=32, stream='report')
-    seen = ValidationBank(FlowDataset.from_tensor(some_rows(s.train.x, len(s.held))), s.flow, draws=32, stream='report', seen=True)
-    run, train_loss = held_out_loss(s.model, bank), held_out_loss(s.model, seen).mean
+    seen = ValidationBank(FlowDataset.from_tensor(some_rows(s.train.x, len(s.held)), cond=s.conditions(len(s.held))), s.flow, draws=32, stream='report', seen=True)
+    told = s.model.config.cond
+    run, train_loss = held_out_loss(s.model, bank, told), held_out_loss(s.model, seen, told).mean
     ys = yardsticks(s.train, s.held, flow=s.flow, bank=bank)
     over = 'shrunk_gaussian' if 'shrunk_gaussian' in ys else 'zero'
     gain = HeldOutLoss(ys[over].per_row - run.per_row)
@@ -619,7 +626,7 @@ def _draw(s, n, method, steps, seed):
     from flow_study.sampling import sample
     calls = []
     hook = s.model.register_forward_pre_hook(lambda *args: calls.append(1))
-    try: x = sample(s.model, n, method, None if method == 'dopri5' else steps, seed, batch=n, normalized=True, flow=s.flow)
+    try: x = sample(s.model, n, method, None if method == 'dopri5' else steps, seed, batch=n, normalized=True, flow=s.flow, cond=s.conditions(n))
     finally: hook.remove()
     return x, len(calls)
 
@@ -628,12 +635,15 @@ def _paths(s, n, method, steps, seed):
     "Straightness and normalised energy of the paths of a run, and of the shrunk Gaussian beside it"
     from flow_study.closed_form import ShrunkGaussianVelocity, some_rows
     from flow_study.draws import keyed_generator
+    from flow_study.sampling import conditioned
     target = some_rows(s.train.x, n)
     x0 = s.flow.source(target, keyed_generator(seed, 'metrics/x0'))
     w2 = exact_w2(x0, target)**2
     null = dict(zero=dict(path_straightness=math.nan, path_energy=0., normalised_path_energy=1.))
     if s.flow.marginal is not None: null['shrunk_gaussian'] = _path_of(ShrunkGaussianVelocity.fit(s.train.x, s.flow.marginal), x0, method, steps, w2)
-    return dict(_path_of(s.model, x0, method, steps, w2), w2_squared=w2, rows=n, null=null)
+    told = s.conditions(n)
+    velocity = s.model if told is None else conditioned(s.model, told)
+    return dict(_path_of(velocity, x0, method, steps, w2), w2_squared=w2, rows=n, null=null)
 
 def _path_of(velocity, x0, method, steps, w2):
     "The measures of one velocity's paths"

@@ -15,7 +15,8 @@ from scipy.stats import energy_distance as scipy_energy, mannwhitneyu
 from sklearn.neighbors import NearestNeighbors
 
 import flow_study.metrics as metrics
-from flow_study.checkpoint import CheckpointError, save_checkpoint
+from flow_study.checkpoint import CheckpointError, load_model, save_checkpoint
+from flow_study.closed_form import ValidationBank, held_out_loss
 from flow_study.config import TrainingConfig
 from flow_study.data import DataError, load_all_splits, make_splits, save_splits
 from flow_study.draws import keyed_generator
@@ -24,6 +25,7 @@ from flow_study.metrics import (bootstrap_counts, compare_samples, energy_distan
                                 mmd, nn_two_sample_accuracy, null_samples, precision_recall_density_coverage, register_metric, sliced_wasserstein)
 from flow_study.layers import Architecture, _models
 from flow_study.models import create_model
+from flow_study.paths import create_flow
 
 
 def table(n, d, key=0, scale=1., shift=0.): return (scale*torch.randn(n, d, generator=keyed_generator(key, 'tests')) + shift).double().numpy()
@@ -414,3 +416,27 @@ def test_known_neighbours_on_sonar(compared):
 def test_memoriser_on_sonar(compared):
     assert compared['memorisation']['null']['memoriser']['value'] == 1 and not compared['memorisation']['uninformative']
     assert compared['copies']['null']['shrunk_gaussian']['value'] < .01
+
+
+def test_a_conditional_run_is_evaluated_under_the_conditions_of_its_rows(tmp_path, monkeypatch):
+    "Two clusters with labels, through the data folder: told the label, the network knows the cluster; its samples come from both"
+    import numpy as np
+    from flow_study.corpus import build_corpus
+    from flow_study.train import main
+    monkeypatch.chdir(tmp_path)
+    gen = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 4 // 3  # a quarter has label 1
+    np.save('x.npy', (torch.randn(600, 6, generator=gen) + 6*labels[:, None]).numpy())
+    np.save('labels.npy', labels.numpy())
+    build_corpus('data', 'x.npy', sizes=['500'], max_cosine=1., cond='labels.npy')
+    run = '--arch mlp --size tiny --flow icfm --dataset 500 --group cond --cond --data-dir data --epochs 60 --batch-size 100 --lr 2e-3 --device cpu --wandb-mode disabled'
+    assert main(run.split()) == 0
+    report = evaluate('study/checkpoints/mlp-icfm-500-none', n=400, steps=20, draws=20, nfe_steps=(5,))
+    model = load_model('study/checkpoints/mlp-icfm-500-none')
+    _, val, _ = load_all_splits('500', data_dir='data')
+    bank = ValidationBank(val, create_flow('icfm'), draws=32, stream='report')
+    assert report['run']['loss'] == held_out_loss(model, bank, cond=True).mean < held_out_loss(model, bank).mean
+    from flow_study.metrics import _draw, _subject
+    x, _ = _draw(_subject('study/checkpoints/mlp-icfm-500-none', 'val', None, None), 400, 'heun', 20, 0)
+    share = (x.mean(1) > val.x[val.cond == 1].mean()/2).double().mean().item()
+    assert abs(share - 0.25) < 0.06  # 400 draws of a quarter: a standard error of 0.02
