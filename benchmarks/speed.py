@@ -657,7 +657,7 @@ def first_line():
 # The section `sampling`
 
 def sampling(args):
-    "Heun's method, 50 steps, 10,000 x 1,024 from a trained network's shape, beside torchdiffeq with the same batches and with all rows at once"
+    "Heun's method, 50 steps, 10,000 x 1,024 from a trained network's shape, beside torchdiffeq, which gets all rows at once or batch by batch as ours"
     from torchdiffeq import odeint
     n, steps = args.samples, 50
     model = create_model(library_mlp(), DIM).eval().requires_grad_(False)
@@ -671,7 +671,7 @@ def sampling(args):
         return model(x, t)
     def theirs(batch):
         with torch.no_grad(): return torch.cat([odeint(field, b, times.float(), method='heun2')[-1] for b in x0.split(batch)])
-    ways = {'ours': lambda: sample(model, n, flow='icfm', steps=steps, normalized=True), 'torchdiffeq, same batches': lambda: theirs(1024), 'torchdiffeq, all at once': lambda: theirs(n)}
+    ways = {'ours': lambda: sample(model, n, flow='icfm', steps=steps, normalized=True), 'torchdiffeq, our batches': lambda: theirs(256), 'torchdiffeq': lambda: theirs(n)}
     seconds, ends = {k: [] for k in ways}, {}
     for r in range(args.sampling_rounds):
         for k, f in ways.items():
@@ -679,8 +679,14 @@ def sampling(args):
             ends[k] = f()
             seconds[k].append(clock() - began)
     for k in ends: torch.testing.assert_close(ends[k], ends['ours'], rtol=1e-4, atol=1e-4)
-    assert calls[0] == args.sampling_rounds*(-(-n//1024) + 1)*2*steps
-    return dict(n=n, nfe=2*steps, seconds={k: statistics.median(v) for k, v in seconds.items()},
+    assert calls[0] == args.sampling_rounds*(-(-n//256) + 1)*2*steps
+    passes = []
+    for _ in range(args.sampling_rounds):
+        began = clock()
+        with torch.no_grad():
+            for b in x0[:2560].split(256): model(b, times[7].float())
+        passes.append((clock() - began)*n/len(x0[:2560])*2*steps)
+    return dict(n=n, nfe=2*steps, forward_passes_seconds=statistics.median(passes), seconds={k: statistics.median(v) for k, v in seconds.items()},
                 ratios={f'{k} / ours': median_ratio(seconds, k, 'ours') for k in ways if k != 'ours'})
 
 
@@ -707,7 +713,8 @@ BARS = [('step, fp32: plain loop / ours', 'step', lambda d: d['ratios']['plain l
         ('cost of a row, 1k to 1M, farthest from 1k', 'scale', lambda d: max(d['relative_to_1k'].values(), key=lambda r: abs(r - 1)), '+-', 0.15),
         ('flow_study_train --help, s', 'start', lambda d: d['seconds']['flow_study_train --help'], '<=', 0.4),
         ('import of flow_study beyond torch, s', 'start', lambda d: d['import_beyond_torch'], '<=', 0.1),
-        ('sampling: torchdiffeq / ours', 'sampling', lambda d: min(d['ratios'].values()), '>=', 1.3)]
+        ('sampling: torchdiffeq / ours', 'sampling', lambda d: d['ratios']['torchdiffeq / ours'], '>=', 1.3),
+        ('sampling: torchdiffeq with our batches / ours', 'sampling', lambda d: d['ratios']['torchdiffeq, our batches / ours'], '>=', 1.3)]
 
 
 def bars(results):
