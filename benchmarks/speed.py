@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from flow_study.draws import keyed_generator
 from flow_study.models import build_model, create_model, register_model
 from flow_study.sampling import sample, solve, uniform_grid
 from flow_study.tracking import Tracker
-from flow_study.trainer import FlowTrainer
+from flow_study.trainer import FlowTrainer, norm_of
 
 DIM, BATCH, LR = 1024, 256, 1e-4
 CLOCKS = dict(cpu=time.process_time, wall=time.perf_counter)
@@ -363,11 +364,13 @@ def pieces(ours):
     t = ours.trainer
     x1 = next(t.loader.batches(0))
     (x1, draws), = t._drawn([x1], 0)
-    def forward_backward(): t._loss_and_gradients(x1, draws)
+    def forward_backward():
+        for p in t.params.values(): p.grad = None
+        t.loss_step(None, x1, draws).backward()
     one, work = torch.ones(()), floor_step(t.model)
     rows = t.loader.order(0)[0]
     parts = {'matrix products': work, 'forward and backward': forward_backward, 'selecting the rows': lambda: t.loader.x.index_select(0, rows),
-             'drawing noise and times': lambda: t._drawn([x1], 0), 'norm of the gradient': lambda: torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in t.params.values()]))),
+             'drawing noise and times': lambda: t._drawn([x1], 0), 'norm of the gradient': lambda: norm_of([p.grad for p in t.params.values()]),
              'fused AdamW, clipping': t.optimizer.step, 'average of the weights': lambda: t.ema.update(t.model, live=t.live),
              'schedule, counters, freezing': lambda: (t._freeze_unless_finite(one, one), t.scheduler.step(), t._seed_network())}
     times = {k: [] for k in parts}
@@ -621,21 +624,26 @@ def train_alone(folder, steps=400):
 # The section `start`
 
 def start(args):
-    "Seconds of `--help`, of imports, and to the first metric line of a run"
+    "Processor seconds of `--help` and of imports, and seconds on the wall to the first metric line of a run"
     def python(code, *more): return [sys.executable, '-c', code, *more]
     help = "import sys; sys.argv = ['flow_study_train', '--help']\nfrom flow_study.train import main\nmain()"
     commands = {'python': python('pass'), 'flow_study_train --help': python(help), 'import torch': python('import torch'),
                 'import flow_study': python('import flow_study'), 'import torch, flow_study': python('import torch, flow_study'),
                 'import flow_study.trainer': python('import flow_study.trainer')}
     times = {k: [] for k in commands}
-    for _ in range(9):
-        for k, c in commands.items():
-            began = time.perf_counter()
-            subprocess.run(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            times[k].append(time.perf_counter() - began)
+    for _ in range(args.starts):
+        for k, c in commands.items(): times[k].append(spent_in(c))
     seconds = {k: statistics.median(v) for k, v in times.items()}
-    beyond = statistics.median(a - b for a, b in zip(times['import torch, flow_study'], times['import torch']))
-    return dict(seconds=seconds, import_beyond_torch=beyond, trainer_beyond_torch=seconds['import flow_study.trainer'] - seconds['import torch'], first_line_seconds=first_line())
+    beyond = {k: statistics.median(a - b for a, b in zip(times[k], times['import torch'])) for k in ('import torch, flow_study', 'import flow_study.trainer')}
+    return dict(seconds=seconds, import_beyond_torch=beyond['import torch, flow_study'], trainer_beyond_torch=beyond['import flow_study.trainer'], first_line_seconds=first_line())
+
+
+def spent_in(command):
+    "Processor seconds of a process, those of the system included"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def first_line():
@@ -705,6 +713,7 @@ BARS = [('step, fp32: plain loop / ours', 'step', lambda d: d['ratios']['plain l
         ('step, fp32: ours / floor', 'step', lambda d: d['ratios']['ours / floor'], '<=', 1.6),
         ('step, fp32, compiled: ours / floor', 'step', lambda d: d['ratios']['ours, compiled / floor'], '<=', 1.6),
         ('step, bf16: plain loop / ours', 'step', lambda d: d['ratios']['plain loop / ours, bf16'], '>=', 2.5),
+        ('step, bf16, compiled: plain loop / ours', 'step', lambda d: d['ratios']['plain loop / ours, bf16, compiled'], '>=', 2.5),
         ('epoch, 1k rows: ours / (steps + validation passes)', 'epoch', lambda d: d['1000']['ratios']['ours / (steps + validation passes)'], '<=', 1.15),
         ('epoch, 1k rows: best peer / ours', 'epoch', lambda d: d['1000']['ratios']['best peer / ours'], '>=', 1.3),
         ('epoch, 10k rows: best peer / ours', 'epoch', lambda d: d['10000']['ratios']['best peer / ours'], '>=', 1.3),
@@ -753,6 +762,7 @@ def main():
     p.add_argument('--rounds', type=int, default=11, help='rounds of a section (default %(default)s)')
     p.add_argument('--samples', type=int, default=10_000, help='rows sampled (default %(default)s)')
     p.add_argument('--sampling-rounds', type=int, default=3, help='(default %(default)s)')
+    p.add_argument('--starts', type=int, default=15, help='times that each process is started (default %(default)s)')
     p.add_argument('--clock', choices=CLOCKS, default='cpu', help='processor time of the process, or time on the wall (default %(default)s)')
     p.add_argument('--million', metavar='FOLDER', help='where the table of 1,000,000 rows is, or is made')
     p.add_argument('--out', default=str(HERE/'speed.json'), help='results, those of sections not measured now are kept (default beside this file)')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPILE_STEPS', 'make_loss_step', 'NonFiniteError', 'Signals', 'FlowTrainer', 'decay_groups', 'PackedAdamW',
-           'compile_step', 'environment', 'Result', 'choose_average']
+           'compile_step', 'norm_of', 'environment', 'Result', 'choose_average']
 
 # %% ../nbs/28_trainer.ipynb #17287fc8
 import logging, math, os, platform, shutil, signal, sys, threading, time
@@ -251,8 +251,8 @@ def compile_step(
     params:dict, # Name to parameter
     x1:torch.Tensor, # (b, d) rows like those it will be called with
     draws:Draws, # As for `x1`
-): # Function (params, x1, draws) -> loss and a list of gradients, `None` where a parameter has none
-    "The pure step and its gradients, compiled for batches of one shape"
+): # Function (params, x1, draws) -> loss, norm of all gradients together, and a list of them, `None` where a parameter has none
+    "The pure step, its gradients and their norm, compiled for batches of one shape"
     import torch._inductor  # late, since most runs do without
     from torch._functorch.compile_utils import fx_graph_cse
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -261,16 +261,21 @@ def compile_step(
         weights = {k: x.detach().requires_grad_() for k, x in zip(params, tensors)}
         x1, *drawn = tensors[len(params):]
         loss = loss_step(weights, x1, Draws(**{**dict.fromkeys(Draws._fields), **dict(zip(given, drawn))}))
-        return [loss.detach(), *torch.autograd.grad(loss, weights.values(), allow_unused=True)]
+        grads = torch.autograd.grad(loss, weights.values(), allow_unused=True)
+        return [loss.detach(), norm_of(grads), *grads]
     def tensors(params, x1, draws): return [*(p.detach() for p in params.values()), x1, *(x for x in draws if x is not None)]
     example = tensors(params, x1, draws)
     graph = make_fx(flat)(*example)
     graph.graph = fx_graph_cse(graph.graph)  # two biases that are added have one gradient
     with torch.no_grad(): call = torch._inductor.compile(graph, example)
     def step(params, x1, draws):
-        with torch.no_grad(): loss, *grads = call(*tensors(params, x1, draws))
-        return loss, grads
+        with torch.no_grad(): loss, norm, *grads = call(*tensors(params, x1, draws))
+        return loss, norm, grads
     return step
+
+def norm_of(grads):
+    "The norm of all gradients together, those that are `None` left out"
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in grads if g is not None])))
 
 # %% ../nbs/28_trainer.ipynb #635ad92c
 @patch
@@ -278,8 +283,7 @@ def train_step(self:FlowTrainer, x1, draws=None): # `x1` (b, d), rows on the dev
     "One update of the weights; nothing in it waits for the device"
     self._seed_network()
     if draws is None: (x1, draws), = self._drawn([x1], self.global_step)
-    loss = self._loss_and_gradients(x1, draws)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.params.values() if p.grad is not None])))
+    loss, norm = self._loss_and_gradients(x1, draws)
     torch.clamp((norm + 1e-6)/self.config.grad_clip, min=1, out=self.optimizer.grad_scale)
     self._freeze_unless_finite(loss, norm)
     self.optimizer.step()
@@ -291,17 +295,17 @@ def train_step(self:FlowTrainer, x1, draws=None): # `x1` (b, d), rows on the dev
 
 # %% ../nbs/28_trainer.ipynb #a59f3a23
 @patch
-def _loss_and_gradients(self:FlowTrainer, x1, draws): # The loss, detached; gradients are in the parameters' `grad`
+def _loss_and_gradients(self:FlowTrainer, x1, draws): # The loss and the gradients' norm; the gradients are in the parameters' `grad`
     "The pure step forward and backward, on the path that was chosen"
     if self.path == 'compiled' and self._compiled is None: self._compile(x1, draws)
     if self._compiled is not None:
-        loss, grads = self._compiled(self.params, x1, draws)
+        loss, norm, grads = self._compiled(self.params, x1, draws)
         for p, g in zip(self.params.values(), grads): p.grad = g
-        return loss
+        return loss, norm
     for p in self.params.values(): p.grad = None
     loss = self.loss_step(None, x1, draws)
     loss.backward()
-    return loss.detach()
+    return loss.detach(), norm_of([p.grad for p in self.params.values()])
 
 @patch
 def _compile(self:FlowTrainer, x1, draws):
