@@ -210,11 +210,12 @@ class ValidationBank:
         block:int=1024, # Examples evaluated, and coupled, at a time
         seen:bool=False, # The rows are training rows: of a flow's own pairs, take those trained on
     ):
-        self.flow, self.stream, self.block = flow, stream, block
-        self.x0, self.x = (None, dataset.x) if flow.pairs is None else _pairs_of(flow, dataset, seen)
-        flow.check(self.x)
-        self.draws = draws or max(1, -(-1000//len(self.x)))
-        self.row, self.t = _stratified(len(self.x), self.draws, keyed_generator(0, f'{stream}/t'))
+        self.flow, self.stream, self.block, self.device = flow, stream, block, torch.device('cpu')
+        self.x0, self.x = (None, None if dataset.mapped else dataset.x) if flow.pairs is None else _pairs_of(flow, dataset, seen)
+        self.rows, n = (dataset.rows, len(dataset)) if self.x is None else (self.x.__getitem__, len(self.x))
+        if self.x is not None: flow.check(self.x)  # rows of a file are checked when they are drawn for
+        self.draws = draws or max(1, -(-1000//n))
+        self.row, self.t = _stratified(n, self.draws, keyed_generator(0, f'{stream}/t'))
         self.cond = None if getattr(dataset, 'cond', None) is None or self.x0 is not None else dataset.cond[self.row]
         self._kept = list(self._blocks()) if self.row.numel()*dataset.dim <= 2**26 else None  # up to half a gigabyte
 
@@ -222,7 +223,7 @@ class ValidationBank:
 
     def to(self, device):
         "Move the bank to a device"
-        self.x, self.row, self.t = self.x.to(device), self.row.to(device), self.t.to(device)
+        self.device = torch.device(device)
         if self.cond is not None: self.cond = self.cond.to(device)
         if self._kept: self._kept = [tuple(x.to(device) for x in b) for b in self._kept]
         return self
@@ -245,10 +246,10 @@ def _stratified(n, draws, generator):
 def _blocks(self:ValidationBank):
     "The examples, a block at a time; each block's noise has its own key, so that memory does not bound the bank"
     for k, (row, t) in enumerate(zip(self.row.split(self.block), self.t.split(self.block))):
-        x1 = self.x[row].cpu()  # drawn on the CPU whatever the device: the dice are the same everywhere
-        x0 = None if self.x0 is None else self.x0[row.cpu()]
-        draws = self.flow.draw(x1, keyed_generator(0, f'{self.stream}/x0', k), t=t.cpu(), x0=x0)
-        yield tuple(x.to(self.x.device) for x in (draws.t, *self.flow.example(x1, draws)))
+        x1 = self.rows(row)  # drawn for on the CPU whatever the device: the dice are the same everywhere
+        x0 = None if self.x0 is None else self.x0[row]
+        draws = self.flow.draw(x1, keyed_generator(0, f'{self.stream}/x0', k), t=t, x0=x0)
+        yield tuple(x.to(self.device) for x in (draws.t, *self.flow.example(x1, draws)))
 
 @patch
 def __iter__(self:ValidationBank): # Blocks of `t` (b,), `x_t` (b, d), `u_t` (b, d)
@@ -278,8 +279,12 @@ def held_out_loss(
 )->HeldOutLoss:
     "The mean squared error of a velocity on a bank, row by row"
     told = ([c] for c in bank.cond.split(bank.block)) if cond else repeat(())
-    errors = torch.cat([mse_loss(velocity(x_t, t, *c).float(), u_t, reduction='none').mean(1) for (t, x_t, u_t), c in zip(bank, told)])
+    errors = torch.cat([_row_errors(velocity(x_t, t, *c).float(), u_t) for (t, x_t, u_t), c in zip(bank, told)])
     return HeldOutLoss(errors.reshape(bank.draws, -1).double().mean(0).cpu())
+
+def _row_errors(v, u_t):
+    "The mean squared error of each row; some rows at a time, so that the squares stay in the processor's cache"
+    return torch.cat([mse_loss(a, b, reduction='none').mean(1) for a, b in zip(v.split(128), u_t.split(128))])
 
 # %% ../nbs/08_closed_form.ipynb #d1dd7b9f
 @dataclass(frozen=True, eq=False)
@@ -342,7 +347,8 @@ def yardsticks(
     bank = bank or ValidationBank(val, flow)
     kinds = dict(zero=ZeroVelocity, unit_gaussian=UnitGaussianVelocity, shrunk_gaussian=ShrunkGaussianVelocity, memoriser=MemoriserVelocity)
     if flow.marginal is None: kinds = dict(zero=ZeroVelocity)
-    fitted = {k: kind.fit(train.x.cpu(), flow.marginal).to(bank.x.device) for k, kind in kinds.items()}
+    rows = rows_to_fit(train).cpu()
+    fitted = {k: kind.fit(rows, flow.marginal).to(bank.device) for k, kind in kinds.items()}
     return Yardsticks({k: held_out_loss(v, bank) for k, v in fitted.items()}, getattr(fitted.get('shrunk_gaussian'), 'shrinkage', None), how_to_read(flow))
 
 def how_to_read(

@@ -9,7 +9,7 @@ __all__ = ['SimpleVelocityNet', 'VelocityMLP', 'ResidualBlock', 'ResidualMLP']
 import torch
 from torch import nn
 
-from .layers import Modulated, TimeAndCondition, TimeEmbedding, as_column, near_zero, register_model, scaled_width, zeroed
+from .layers import Modulated, TimeAndCondition, TimeEmbedding, as_column, as_times, near_zero, register_model, scaled_width, zeroed
 
 # %% ../nbs/11_mlp.ipynb #423a8cf5
 class SimpleVelocityNet(nn.Module):
@@ -40,7 +40,7 @@ class VelocityMLP(nn.Module):
         self.out = near_zero(nn.Linear(hidden, dim))
 
     def forward(self, x, t):
-        h = nn.functional.silu(self.from_x(x) + self.from_t(as_column(t, x)))
+        h = nn.functional.silu(self.from_x(x) + self.from_t(as_times(t, x)))
         for layer in self.hidden: h = nn.functional.silu(layer(h))
         return self.out(h)
 

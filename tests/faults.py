@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 OPTIONS = '--arch simple --flow icfm --dataset 1k --group faults --batch-size 32 --lr 3e-3 --warmup-steps 20 --device cpu'.split()
-LONG = [*OPTIONS, '--epochs', '100000', '--patience', '100000'] # Runs until somebody stops it
+LONG = [*OPTIONS, '--epochs', '100000', '--patience', '100000', '--compile', 'off'] # Runs until somebody stops it
 RUN = Path('study/checkpoints/simple-icfm-1k-none') # Where it lies, seen from the folder of the data
 ENV = dict(WANDB_MODE='disabled', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONUNBUFFERED='1')
 
