@@ -98,7 +98,7 @@ class RayEngine(Engine):
         self.workers, self.threads, self.device, self.gpu = workers, threads, device, str(gpu)
         self.address, self.bring_back, self.dashboard, self.publish_seconds = address, bring_back, dashboard, publish_seconds
         self.wants = _wants(threads if cpus is None else cpus, gpus, resources or {})
-        self.ray, self.losses, self._ours = _import_ray(), Counter(), None
+        self.ray, self.losses = _import_ray(), Counter()
         if address is not None: _check_address(address)
 
 # %% ../nbs/33_ray_engine.ipynb #c3c602df
@@ -126,30 +126,34 @@ def _no_room(nodes, wants):
                        'Ask for less (--run-cpus, --run-gpus, --run-resources), or start a node that has it')
 
 # %% ../nbs/33_ray_engine.ipynb #26e0cc14
+_made = {} # `folder` of the cluster that we started, None of one that we connected to; empty where there is no connection of ours
+
 @patch
-def _connect(self:RayEngine):
+def _connect(self:RayEngine): # Whether that was to be done
     "Connect to Ray, or start a cluster on this machine"
     ray = self.ray
-    if ray.is_initialized(): return
+    if ray.is_initialized(): return False
+    _made['folder'] = None
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
     with _handlers_kept():
         try:
             if self.address is None: self._start_ours(quiet)
             else: ray.init(address=self.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as e:
+            self._let_go()
             raise EngineError(f"Ray at {self.address or 'this machine'} cannot be used: {' '.join(str(e).split())}") from e
-    self._ours = self._ours or ''  # connected by us
+    return True
 
 @patch
 def _start_ours(self:RayEngine, quiet):
     "A cluster of our own; its files lie in a folder that is removed with it"
     gpus = self._own_gpus()
-    self._ours = tempfile.mkdtemp(prefix='flow_study-', dir='/tmp' if os.path.isdir('/tmp') else None) # paths of sockets must be short
+    _made['folder'] = tempfile.mkdtemp(prefix='flow_study-', dir='/tmp' if os.path.isdir('/tmp') else None) # paths of sockets must be short
     labels = {f'gpu_{g}': 1. for g in gpus}
     visible = dict(CUDA_DEVICE_ORDER='PCI_BUS_ID', CUDA_VISIBLE_DEVICES=','.join(gpus))
     with _on_loopback(), _within(visible):
         self.ray.init(address='local', num_cpus=max(1, round(self._own_slots()*self.wants['CPU'])), num_gpus=len(gpus), resources=labels,
-                      include_dashboard=self.dashboard, object_store_memory=100_000_000, _temp_dir=self._ours, **quiet)
+                      include_dashboard=self.dashboard, object_store_memory=100_000_000, _temp_dir=_made['folder'], **quiet)
 
 @contextmanager
 def _within(environ):
@@ -177,10 +181,10 @@ def _own_slots(self:RayEngine):
 @patch
 def _let_go(self:RayEngine):
     "Disconnect, and end what we started"
-    if self._ours is None: return
+    if 'folder' not in _made: return
     with _handlers_kept(): self.ray.shutdown()
-    if self._ours: shutil.rmtree(self._ours, ignore_errors=True)
-    self._ours = None
+    folder = _made.pop('folder')
+    if folder: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/33_ray_engine.ipynb #9d971590
 @patch
@@ -199,10 +203,13 @@ def _nodes(self:RayEngine):
 def slots(self:RayEngine)->int:
     "Runs at once; raises `EngineError` where there is room for none"
     if self.address is None and not self.ray.is_initialized(): return self._own_slots()
-    self._connect()
-    room = _room(self._nodes(), self._share())
-    if not room: raise _no_room(self._nodes(), self._share())
-    return min(room, self.workers or room)
+    connected = self._connect()
+    try:
+        room = _room(self._nodes(), self._share())
+        if not room: raise _no_room(self._nodes(), self._share())
+        return min(room, self.workers or room)
+    finally:
+        if connected: self._let_go()
 
 # %% ../nbs/33_ray_engine.ipynb #4ea3956d
 @dataclass(frozen=True)
@@ -343,13 +350,13 @@ class _Keeper:
         path = job.run_dir
         if _is_locked(path): return None
         _move_in(path)
+        for p in path.glob('.arriving-*'): shutil.rmtree(p)
         state = run_state(job)
         if state in ('done', 'changed'): return dict(state=state)
         fresh = state == 'new' or not any((path/k).is_file() for k in ('last.pt', 'best.pt'))
         try: lock = RunDir.create(path).lock if fresh else acquire_lock(path)
         except RunLockedError: return None
         _sign(lock, {**owner, 'attempt': attempt})
-        for p in path.glob('.arriving-*'): shutil.rmtree(p)
         return dict(state=state, files={n: (path/n).stat().st_size for n in _files(path)}, data=_data_files(TrainingConfig.from_dict(job.config)))
 
     def read(self, file, offset):
@@ -480,7 +487,7 @@ class _Courier:
 
     def carry(self, mirrors=False):
         "Publish every file that has changed"
-        files = _opened(self.path, self.sent, mirrors)
+        files = _opened(self.path, self.sent, mirrors) if mirrors or (self.path/'last.pt').exists() else {} # nothing to go on from yet
         try:
             for name, (f, known) in files.items(): self._pieces(name, f, known[1])
         finally:
@@ -515,9 +522,9 @@ def execute(self:RayEngine, jobs):
     "Carry out jobs; yields as `Engine.execute` does"
     jobs = [replace(j, threads=self.threads, options={**j.options, 'device': self.device, 'gpu': self.gpu.split(',')[0].strip()}) for j in jobs]
     if self.bring_back: [_check_relative(j.config) for j in jobs]
-    self._connect()
     running = {}
     try:
+        self._connect()
         self.slots  # is there room at all?
         order = self._order()
         with _marked({j.run_dir.parent for j in jobs}, order): yield from self._handed_out(jobs, order, running)
@@ -527,7 +534,7 @@ def execute(self:RayEngine, jobs):
 def _order(self:RayEngine):
     "What all tasks are told"
     environ = {k: v for k, v in os.environ.items() if k.startswith(_sent)}
-    alone = self.address is None and bool(self._ours)
+    alone = bool(_made.get('folder'))
     return _Order(secrets.token_hex(6), os.getcwd(), False if self.bring_back is None and alone else self.bring_back, this_process(), environ, self._share()['GPU'], self.publish_seconds)
 
 @contextmanager
