@@ -98,7 +98,7 @@ class RayEngine(Engine):
         self.workers, self.threads, self.device, self.gpu = workers, threads, device, str(gpu)
         self.address, self.bring_back, self.dashboard, self.publish_seconds = address, bring_back, dashboard, publish_seconds
         self.wants = _wants(threads if cpus is None else cpus, gpus, resources or {})
-        self.ray, self.losses = _import_ray(), Counter()
+        self.ray, self.losses, self.used = _import_ray(), Counter(), set()
         if address is not None: _check_address(address)
 
 # %% ../nbs/33_ray_engine.ipynb #c3c602df
@@ -144,6 +144,7 @@ def _connect(self:RayEngine): # Whether that was to be done
             raise EngineError(f"Ray at {self.address or 'this machine'} cannot be used: {' '.join(str(e).split())}") from e
     return True
 
+# %% ../nbs/33_ray_engine.ipynb #9d9bec1d
 @patch
 def _start_ours(self:RayEngine, quiet):
     "A cluster of our own; its files lie in a folder that is removed with it"
@@ -155,6 +156,7 @@ def _start_ours(self:RayEngine, quiet):
         self.ray.init(address='local', num_cpus=max(1, round(self._own_slots()*self.wants['CPU'])), num_gpus=len(gpus), resources=labels,
                       include_dashboard=self.dashboard, object_store_memory=100_000_000, _temp_dir=_made['folder'], **quiet)
 
+# %% ../nbs/33_ray_engine.ipynb #9d971590
 @contextmanager
 def _within(environ):
     "Other values in the environment"
@@ -164,7 +166,7 @@ def _within(environ):
     finally:
         for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../nbs/33_ray_engine.ipynb #9d9bec1d
+# %% ../nbs/33_ray_engine.ipynb #84014a56
 @patch
 def _own_gpus(self:RayEngine):
     "Numbers of the GPUs of a cluster of our own"
@@ -178,6 +180,7 @@ def _own_slots(self:RayEngine):
     gpus, share = self._own_gpus(), self.wants['GPU']
     return max(1, int(len(gpus)/(share or 1) if gpus and share != 0 else _cores()/self.wants['CPU']))
 
+# %% ../nbs/33_ray_engine.ipynb #f5c2a3bf
 @patch
 def _let_go(self:RayEngine):
     "Disconnect, and end what we started"
@@ -186,7 +189,7 @@ def _let_go(self:RayEngine):
     folder = _made.pop('folder')
     if folder: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/33_ray_engine.ipynb #9d971590
+# %% ../nbs/33_ray_engine.ipynb #ec2f1694
 @patch
 def _share(self:RayEngine): # Of a run, by Ray's names
     "What a run takes, now that we know what there is"
@@ -199,6 +202,7 @@ def _nodes(self:RayEngine):
     "Resources of the nodes that are alive"
     return [n['Resources'] for n in self.ray.nodes() if n['Alive']]
 
+# %% ../nbs/33_ray_engine.ipynb #8d060b13
 @patch(as_prop=True)
 def slots(self:RayEngine)->int:
     "Runs at once; raises `EngineError` where there is room for none"
@@ -233,7 +237,8 @@ def _on_node(job, order, keeper):
     "The task of Ray: carry out a job; gives a dict with the exit code, None when somebody else is at it"
     if __version__ != order.version:
         raise EngineError(f'{socket.gethostname()} has flow_study {__version__}, the driver {order.version}: install the same on all nodes')
-    there = dict(host=socket.gethostname(), pid=os.getpid())
+    import ray
+    there = dict(node=ray.get_runtime_context().get_node_id())
     if _sees(job, order): return dict(there, code=_in_place(job, order))
     if keeper is None: raise EngineError(f'{socket.gethostname()} does not see {order.cwd}/{job.run_dir.parent}: use a folder that all nodes see, or --bring-back')
     return dict(there, code=_brought_back(job, order, keeper))
@@ -245,11 +250,12 @@ def _sees(job, order):
     os.chdir(order.cwd)
     return True
 
+# %% ../nbs/33_ray_engine.ipynb #dff8b163
 def _in_place(job, order):
     "Carry out a job where its directory is"
     return None if run_state(job) == 'live' else _in_fork(job, order)
 
-# %% ../nbs/33_ray_engine.ipynb #dff8b163
+# %% ../nbs/33_ray_engine.ipynb #d564f023
 def _in_fork(job, order, look=lambda process: None):
     "Carry out a job in a process of its own; gives its exit code. `look` is called every second"
     process = None
@@ -264,6 +270,7 @@ def _in_fork(job, order, look=lambda process: None):
         if process is not None and process.pid: _stop([process])
         raise
 
+# %% ../nbs/33_ray_engine.ipynb #01b809c5
 def _gpus_seen(order):
     "Ray's choice, in the order of nvidia-smi; none for a run that has no share of a GPU"
     if not order.gpus: return dict(CUDA_VISIBLE_DEVICES='')
@@ -295,6 +302,7 @@ def _files(folder, mirrors=True):
         found += [os.path.relpath(os.path.join(where, n), folder) for n in names if not n.startswith('.') and not os.path.islink(os.path.join(where, n))]
     return sorted(found, key=lambda n: (_sequence.index(n) if n in _sequence else -1, n))
 
+# %% ../nbs/33_ray_engine.ipynb #eba6576f
 def _opened(folder, sent, mirrors):
     "Open the files that are not yet sent as they are; gives `{name: (file, what it is known by)}` in the order of publication"
     files = {}
@@ -320,6 +328,7 @@ def _stage(path, attempt, name, offset, data):
             f.write(data)
     except OSError as e: raise write_error(path/name, len(data), e) from e
 
+# %% ../nbs/33_ray_engine.ipynb #5a1afd37
 def _publish_staged(path, attempt):
     "Make everything that has arrived part of the run directory"
     arriving, whole = path/f'.arriving-{attempt}', path/f'.whole-{attempt}'
@@ -330,6 +339,7 @@ def _publish_staged(path, attempt):
     sync_folder(path)
     _move_in(path)
 
+# %% ../nbs/33_ray_engine.ipynb #a4744ce8
 def _move_in(path):
     "Finish a publication, where there is one to finish; forget what did not arrive whole"
     for whole in path.glob('.whole-*'):
@@ -386,11 +396,13 @@ def commit(self:_Keeper, path, attempt, owner, log=None, said=b''):
     if said and log: _append(log, said)
     return RunDir(path, path/'lock', 1).requests()
 
+# %% ../nbs/33_ray_engine.ipynb #3f584834
 @patch
 def end(self:_Keeper, path, attempt):
     "Release the lock of an attempt"
     if _read_json(path/'lock'/'owner.json').get('attempt') == attempt: shutil.rmtree(path/'lock')
 
+# %% ../nbs/33_ray_engine.ipynb #69cf1402
 def _append(file, data):
     "Add to the end of a file"
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -409,6 +421,7 @@ def _fetch(ask, file, target, size):
         for offset in range(0, size, PIECE): f.write(ask('read', file, offset))
     publish(target, write, durable=False, n_bytes=size)
 
+# %% ../nbs/33_ray_engine.ipynb #d163a385
 def _fetch_data(ask, data, cache):
     "Bring what is not here yet; a link to it lies where the run looks for it"
     for file, known in data.items():
@@ -417,7 +430,7 @@ def _fetch_data(ask, data, cache):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).symlink_to(kept)
 
-# %% ../nbs/33_ray_engine.ipynb #d163a385
+# %% ../nbs/33_ray_engine.ipynb #35a33075
 def _abandoned(file):
     "Whether the driver that a file tells of is gone; of one on another host we know it after a week"
     driver = _read_json(file)
@@ -425,6 +438,7 @@ def _abandoned(file):
     try: return time.time() - file.stat().st_mtime > 7*86400
     except OSError: return False
 
+# %% ../nbs/33_ray_engine.ipynb #8411e5e4
 def _home(order):
     "The folder of this call on this node; those of drivers that are gone are removed"
     base = Path(tempfile.gettempdir())/f'flow_study-nodes-{os.getuid()}'
@@ -435,13 +449,14 @@ def _home(order):
         if _abandoned(other/'driver.json'): shutil.rmtree(other, ignore_errors=True)
     return mine
 
+# %% ../nbs/33_ray_engine.ipynb #ff49060d
 def _leave_home(order):
     "Remove the folder of a call from this node"
     home = Path(tempfile.gettempdir())/f'flow_study-nodes-{os.getuid()}'/order.session
     os.chdir('/')
     shutil.rmtree(home, ignore_errors=True)
 
-# %% ../nbs/33_ray_engine.ipynb #35a33075
+# %% ../nbs/33_ray_engine.ipynb #49c08cd1
 def _brought_back(job, order, keeper):
     "Carry out a job in a folder of this node, and bring back what it publishes; gives the exit code, None when somebody else is at it"
     import ray
@@ -463,6 +478,7 @@ def _brought_back(job, order, keeper):
         shutil.rmtree(place, ignore_errors=True)
         ask('end', path, attempt)
 
+# %% ../nbs/33_ray_engine.ipynb #a8901a6a
 def _published(job, order, ask, attempt):
     "Run, and publish from time to time and at the end, also at an untimely one"
     courier = _Courier(job, ask, attempt, order.publish_seconds)
@@ -522,14 +538,18 @@ def execute(self:RayEngine, jobs):
     "Carry out jobs; yields as `Engine.execute` does"
     jobs = [replace(j, threads=self.threads, options={**j.options, 'device': self.device, 'gpu': self.gpu.split(',')[0].strip()}) for j in jobs]
     if self.bring_back: [_check_relative(j.config) for j in jobs]
-    running = {}
+    running, order = {}, None
     try:
         self._connect()
         self.slots  # is there room at all?
         order = self._order()
         with _marked({j.run_dir.parent for j in jobs}, order): yield from self._handed_out(jobs, order, running)
-    finally: self._recall(running), self._let_go()
+    finally:
+        self._recall(running)
+        if order is not None: self._tidy(order)
+        self._let_go()
 
+# %% ../nbs/33_ray_engine.ipynb #94912b7b
 @patch
 def _order(self:RayEngine):
     "What all tasks are told"
@@ -537,6 +557,7 @@ def _order(self:RayEngine):
     alone = bool(_made.get('folder'))
     return _Order(secrets.token_hex(6), os.getcwd(), False if self.bring_back is None and alone else self.bring_back, this_process(), environ, self._share()['GPU'], self.publish_seconds)
 
+# %% ../nbs/33_ray_engine.ipynb #7ea5f965
 @contextmanager
 def _marked(folders, order):
     "A mark in the folders of runs, by which a node sees that it sees them"
@@ -548,7 +569,7 @@ def _marked(folders, order):
     finally:
         for folder in folders: _mark(folder, order.session).unlink(missing_ok=True)
 
-# %% ../nbs/33_ray_engine.ipynb #94912b7b
+# %% ../nbs/33_ray_engine.ipynb #502a0bd3
 @patch
 def _tasks(self:RayEngine, order):
     "A function that hands one job to Ray"
@@ -561,6 +582,7 @@ def _tasks(self:RayEngine, order):
     task = self.ray.remote(max_retries=0, max_calls=0, num_cpus=share['CPU'], num_gpus=share['GPU'] or 0, resources=resources)(_on_node)
     return lambda job: task.options(name=job.run_dir.name).remote(job, order, keeper)
 
+# %% ../nbs/33_ray_engine.ipynb #c72d8fc4
 @patch
 def _handed_out(self:RayEngine, jobs, order, running):
     "The loop over all jobs"
@@ -583,12 +605,15 @@ def _handed_out(self:RayEngine, jobs, order, running):
             else: yield job, code
         yield None
 
-# %% ../nbs/33_ray_engine.ipynb #7ea5f965
+# %% ../nbs/33_ray_engine.ipynb #ddec60b3
 @patch
 def _outcome(self:RayEngine, ref, job):
     "The exit code of a task that ended; None when its job is to be handed out again"
     errors, name = self.ray.exceptions, job.run_dir.name
-    try: return self.ray.get(ref)['code']
+    try:
+        found = self.ray.get(ref)
+        self.used.add(found['node'])
+        return found['code']
     except errors.RayTaskError as e:
         if not isinstance(e.cause, errors.RayError): return _noted(job, f'{type(e.cause).__name__}: {e.cause}')
         lost = e.cause
@@ -599,6 +624,7 @@ def _outcome(self:RayEngine, ref, job):
     _logger.warning('%s: its worker or node was lost (%s); handed out again, %d of %d', name, type(lost).__name__, self.losses[name], LOSSES)
     return None
 
+# %% ../nbs/33_ray_engine.ipynb #3e43692b
 def _noted(job, text):
     "Say in the log of a job why it was given up; gives its exit code"
     if job.log: _append(job.log, f'{" ".join(text.split())}\n'.encode())
@@ -612,6 +638,16 @@ def _recall(self:RayEngine, running):
     for ref in running: self.ray.cancel(ref)
     left = self.ray.wait(list(running), num_returns=len(running), timeout=GRACE_SECONDS)[1] if running else []
     for ref in left: self.ray.cancel(ref, force=True)
+
+# %% ../nbs/33_ray_engine.ipynb #d04835ee
+@patch
+def _tidy(self:RayEngine, order):
+    "Remove what this call has left on the nodes"
+    if order.bring_back is False: return
+    task, on = self.ray.remote(max_retries=0, num_cpus=0)(_leave_home), self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    there = {n['NodeID'] for n in self.ray.nodes() if n['Alive']} & self.used
+    left = [task.options(scheduling_strategy=on(n, soft=False)).remote(order) for n in there]
+    if left: self.ray.wait(left, num_returns=len(left), timeout=10)
 
 # %% ../nbs/33_ray_engine.ipynb #e5e21deb
 register_engine('ray', RayEngine)
