@@ -8,7 +8,7 @@ __all__ = ['CONNECT_SECONDS', 'PIECE', 'LOSSES', 'EngineError', 'RayEngine']
 # %% ../nbs/33_ray_engine.ipynb #cff096ce
 import logging, os, secrets, shutil, signal, socket, sys, tempfile, threading, time
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from multiprocessing.connection import wait
@@ -76,6 +76,16 @@ def _check_address(address):
         raise EngineError(f'nobody answers at {address} ({e}). `ray start --head` starts a cluster and prints its address; '
                           f'`ray status --address {address}` asks it how it is') from e
 
+# %% ../nbs/33_ray_engine.ipynb #1f67d681
+def _only_on_loopback(address):
+    "Whether a cluster answers at the loopback address and at no other of this machine"
+    from ray._private.services import get_node_ip_address
+    host, _, port = address.rpartition(':')
+    if host not in ('127.0.0.1', 'localhost'): return False
+    try: socket.create_connection((get_node_ip_address(), int(port)), CONNECT_SECONDS).close()
+    except OSError: return True
+    return False
+
 # %% ../nbs/33_ray_engine.ipynb #50f6cf37
 class RayEngine(Engine):
     "Tasks of Ray, on this machine or on a cluster"
@@ -138,7 +148,8 @@ def _connect(self:RayEngine): # Whether that was to be done
     with _handlers_kept():
         try:
             if self.address is None: self._start_ours(quiet)
-            else: ray.init(address=self.address, **quiet)
+            else:
+                with _on_loopback() if _only_on_loopback(self.address) else nullcontext(): ray.init(address=self.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as e:
             self._let_go()
             raise EngineError(f"Ray at {self.address or 'this machine'} cannot be used: {' '.join(str(e).split())}") from e

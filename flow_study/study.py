@@ -398,12 +398,12 @@ class _Progress:
     def __init__(self, study, jobs):
         self.study, self.jobs, self.begun = study, {j.run_dir: j for j in jobs}, time.monotonic()
         states = [run_state(j) for j in jobs]
-        self.done, self.failed, self.at_start, self._written = states.count('done'), {}, states.count('done'), -math.inf
+        self.done, self.failed, self.at_start, self._written, self._cost = states.count('done'), {}, states.count('done'), -math.inf, 0.
 
     def tell(self, event, state=None, again=False):
         "Something ended, or time has passed"
         if event: self._tell_of(*event, state, again)
-        if event or time.monotonic() - self._written > 5: self.write('running')
+        if time.monotonic() - self._written > max(1. if event else 5., 30*self._cost): self.write('running')
 
     def _tell_of(self, job, code, state, again):
         if state == 'done': self.done += 1
@@ -427,10 +427,12 @@ def _left(self:_Progress):
 @patch
 def write(self:_Progress, state):
     "Replace the study's `status.json`"
-    self._written = time.monotonic()
+    begun = time.monotonic()
     running = [d.name for d in self.jobs if (d/'lock').is_dir()]
     publish_json(self.study.report_dir/'status.json', dict(state=state, done=self.done, running=running, failed=self.failed, runs=len(self.jobs),
         eta_seconds=self.eta(), process=this_process(), heartbeat=time.time()), durable=False)
+    self._written = time.monotonic()
+    self._cost = self._written - begun  # it looks at every run, of which there may be many
 
 @patch
 def close(self:_Progress, state): self.write(state)

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from faults import Script, until
-from flow_study.engines import Job, create_engine, run_state
+from flow_study.engines import run_state
+from flow_study.ray_engine import _on_loopback
 from flow_study.rundir import FINAL, acquire_lock, is_alive, process_start, read_status, request, this_process
 from flow_study.study import Study, main
 
@@ -64,15 +65,15 @@ class Cluster:
     "A head without processors, which is where the driver is, and nodes with one each"
     def __init__(self):
         from ray.cluster_utils import Cluster
-        self.folder = os.environ['RAY_TMPDIR']
         quick = dict(health_check_period_ms=500, health_check_failure_threshold=4, health_check_initial_delay_ms=0)
-        self.cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, _system_config=quick, no_monitor=True, **self.small()))
+        with _on_loopback(): self.cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, _system_config=quick, no_monitor=True, **self.small()))
         self.address, self.nodes = self.cluster.address, []
 
     def small(self): return dict(object_store_memory=80_000_000, include_log_monitor=False, include_dashboard=False)
 
     def add(self, n=1, **more):
-        for _ in range(n): self.nodes.append(self.cluster.add_node(wait=False, **{**dict(num_cpus=1), **self.small(), **more}))
+        with _on_loopback():
+            for _ in range(n): self.nodes.append(self.cluster.add_node(wait=False, **{**dict(num_cpus=1), **self.small(), **more}))
         self.cluster.wait_for_nodes()
         return self.nodes[-1]
 
@@ -99,14 +100,12 @@ class Cluster:
 
 @pytest.fixture(scope='module')
 def cluster(ray):
-    from flow_study.ray_engine import _on_loopback
     before = descendants(os.getpid())
-    with _on_loopback():
-        cluster = Cluster()
-        cluster.add(3)
-        yield cluster
-        left = descendants(os.getpid()) - before
-        cluster.close()
+    cluster = Cluster()
+    cluster.add(3)
+    yield cluster
+    left = descendants(os.getpid()) - before
+    cluster.close()
     until(lambda: gone(left), 30)  # no orphan
 
 
