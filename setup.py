@@ -9,7 +9,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'browser', 'text')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'browser', 'text', 'ray')}
 
 setup(
     name=cfg['lib_name'],

@@ -33,6 +33,7 @@ _public = {
     'trainer': 'FlowTrainer NonFiniteError choose_average',
     'statistics': 'compare_arms mean_ranks paired_test plot_ranks seed_interval seeds_needed',
     'engines': 'Engine register_engine',
+    'ray_engine': 'EngineError RayEngine',
     'study': 'Leaderboard Results Study expand_grid',
     'reader': 'Run',
     'dashboard': 'Dashboard',

@@ -7,10 +7,12 @@ __all__ = ['GRACE_SECONDS', 'Job', 'run_state', 'config_on_disk', 'evaluation_of
            'carry_out', 'Engine', 'LocalEngine', 'register_engine', 'create_engine']
 
 # %% ../nbs/32_engines.ipynb #ad8270f7
-import json, logging, multiprocessing, os, signal, sys, threading, time
+import json, logging, multiprocessing, os, shutil, signal, sys, threading, time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
+from importlib import import_module
+from inspect import signature
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from fastcore.basics import patch
 
 from .config import TrainingConfig, bad_value, unknown_name
 from .device import list_gpus
-from .rundir import FINAL, read_status
+from .rundir import FINAL, acquire_lock, read_status
 from .runs import _is_locked
 
 # %% ../nbs/32_engines.ipynb #4f8e1393
@@ -112,13 +114,18 @@ def carry_out(
     if run_state(job) == 'trained': return _evaluated(job)
     return 0
 
-# %% ../nbs/32_engines.ipynb #07899c33
+# %% ../nbs/32_engines.ipynb #04e7e5eb
 def _evaluated(job):
     "Evaluate; an error is said, and becomes an exit code"
     from flow_study.console import complain
     from flow_study.metrics import evaluate
-    try: evaluate(job.run_dir, **evaluation_arguments(job))
+    lock = None
+    try:
+        lock = acquire_lock(job.run_dir)
+        evaluate(job.run_dir, **evaluation_arguments(job))
     except (ValueError, OSError, RuntimeError, MemoryError) as e: return complain('evaluation', e)
+    finally:
+        if lock is not None: shutil.rmtree(lock, ignore_errors=True)
     return 0
 
 # %% ../nbs/32_engines.ipynb #8c2d20df
@@ -245,6 +252,7 @@ def _stop(processes):
 
 # %% ../nbs/32_engines.ipynb #f6ddc52a
 _engines = {'local': LocalEngine}
+_later = {'ray': 'flow_study.ray_engine'} # engines that are imported when first asked for; importing one registers it
 
 def register_engine(
     name:str, # The name used in studies
@@ -259,5 +267,11 @@ def create_engine(
     **kwargs # As for `LocalEngine`
 )->Engine:
     "The engine of this name"
-    if name not in _engines: raise unknown_name('engine', name, _engines)
-    return _engines[name](**kwargs)
+    if name not in _engines and name in _later: import_module(_later[name])
+    if name not in _engines: raise unknown_name('engine', name, {**_engines, **_later})
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    parameters = signature(_engines[name]).parameters
+    known, flexible = list(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for k in given:
+        if k not in known and not flexible: raise unknown_name(f'option of the engine {name}:', k, known)
+    return _engines[name](**given)

@@ -102,6 +102,7 @@ class Study:
         threads:int=1, # Of each run
         options:dict=None, # Other options of `flow_study_train`, such as `dict(device='cpu', wandb_mode='disabled')`
         reports_dir='study/reports', # Folder of the reports
+        engine_options:dict=None, # What else the engine is told, such as `dict(address='auto')` for `ray`
     ):
         self.name, self.seeds, self.metric = check_name('name', name), seeds, metric
         self.grid, self.evaluation, self.options = dict(grid), dict(evaluation or {}), {'device': 'auto', 'gpu': '1', **(options or {})}
@@ -109,7 +110,7 @@ class Study:
         self.axes = {k: v for k, v in self.grid.items() if isinstance(v, (list, tuple)) and len(v) > 1}
         self.reference = {k: v[0] for k, v in self.axes.items() if k not in _task_fields} | self._checked_reference(reference or {})
         self.engine_name, self.workers, self.threads, self.report_dir = engine, workers, threads, Path(reports_dir)/name
-        self.given_reference = dict(reference or {})
+        self.given_reference, self.engine_options = dict(reference or {}), dict(engine_options or {})
         self._check_options()
 
 # %% ../nbs/34_study.ipynb #530a6861
@@ -314,7 +315,7 @@ def _answer(future):
 @patch
 def _engine(self:Study):
     "The engine of this study"
-    return create_engine(self.engine_name, workers=self.workers, threads=self.threads, device=self.options['device'], gpu=self.options['gpu'])
+    return create_engine(self.engine_name, workers=self.workers, threads=self.threads, device=self.options['device'], gpu=self.options['gpu'], **self.engine_options)
 
 # %% ../nbs/34_study.ipynb #f4af15ac
 RETRIES = 1 # Of a run that a signal ended, within one call
@@ -397,12 +398,12 @@ class _Progress:
     def __init__(self, study, jobs):
         self.study, self.jobs, self.begun = study, {j.run_dir: j for j in jobs}, time.monotonic()
         states = [run_state(j) for j in jobs]
-        self.done, self.failed, self.at_start, self._written = states.count('done'), {}, states.count('done'), -math.inf
+        self.done, self.failed, self.at_start, self._written, self._cost = states.count('done'), {}, states.count('done'), -math.inf, 0.
 
     def tell(self, event, state=None, again=False):
         "Something ended, or time has passed"
         if event: self._tell_of(*event, state, again)
-        if event or time.monotonic() - self._written > 5: self.write('running')
+        if time.monotonic() - self._written > max(1. if event else 5., 30*self._cost): self.write('running')
 
     def _tell_of(self, job, code, state, again):
         if state == 'done': self.done += 1
@@ -427,10 +428,12 @@ def _left(self:_Progress):
 @patch
 def write(self:_Progress, state):
     "Replace the study's `status.json`"
-    self._written = time.monotonic()
+    begun = time.monotonic()
     running = [d.name for d in self.jobs if (d/'lock').is_dir()]
     publish_json(self.study.report_dir/'status.json', dict(state=state, done=self.done, running=running, failed=self.failed, runs=len(self.jobs),
         eta_seconds=self.eta(), process=this_process(), heartbeat=time.time()), durable=False)
+    self._written = time.monotonic()
+    self._cost = self._written - begun  # it looks at every run, of which there may be many
 
 @patch
 def close(self:_Progress, state): self.write(state)
@@ -1141,6 +1144,11 @@ def _pairs(text):
     if all(k and v for k, _, v in pairs): return {k.replace('-', '_'): v for k, _, v in pairs}
     raise argparse.ArgumentTypeError(f'{text!r}: expected axis=value, with commas between several')
 
+def _amounts(text):
+    "`name=amount` pairs with commas between them"
+    try: return {k.strip(): float(v) for k, v in (part.split('=') for part in text.split(','))}
+    except ValueError: raise argparse.ArgumentTypeError(f'{text!r}: expected name=number, with commas between several') from None
+
 # %% ../nbs/34_study.ipynb #24faed67
 def _parser():
     "The options of `flow_study_sweep`"
@@ -1160,11 +1168,23 @@ def _parser():
     s.add_argument('--dry-run', action='store_true', help='say what would be done, what it would cost and could show; start nothing')
     s.add_argument('--no-measure', action='store_true', help='do not build every cell before the start')
     s.add_argument('--retry-failed', action='store_true', help='try runs again that have failed')
-    s.add_argument('--engine', metavar='NAME', help='where runs are carried out (default local)')
+    s.add_argument('--engine', metavar='NAME', help='where runs are carried out: local, or ray for many machines (default local)')
     s.add_argument('--workers', type=int, metavar='N', help='runs at once; by default one for each core or GPU')
     s.add_argument('--threads', type=int, metavar='N', help='threads of each run (default 1)')
     _add_how(p.add_argument_group('how runs are carried out'))
+    _add_ray(p.add_argument_group('with --engine ray'))
     return p
+
+def _add_ray(r):
+    "What the engine ray is told beside workers and threads"
+    r.add_argument('--address', metavar='HOST:PORT', help='of a cluster of Ray, or auto for the one of this machine (default: one of our own on this machine)')
+    r.add_argument('--bring-back', action=argparse.BooleanOptionalAction, help='carry run directories to this machine, or never do (default: where a node does not see them)')
+    r.add_argument('--run-cpus', type=float, metavar='N', help='processors that each run takes (default: its threads)')
+    r.add_argument('--run-gpus', type=float, metavar='N', help='share of a GPU that each run takes (default: 1 where there are GPUs)')
+    r.add_argument('--run-resources', type=_amounts, metavar='NAME=N,...', help='other resources of Ray that each run takes, such as gpu_1=1')
+    r.add_argument('--ray-dashboard', action='store_true', default=None, help="start Ray's dashboard with a cluster of our own")
+
+_ray_options = dict(address='address', bring_back='bring_back', run_cpus='cpus', run_gpus='gpus', run_resources='resources', ray_dashboard='dashboard')
 
 # %% ../nbs/34_study.ipynb #164d56af
 def _study_of(args, p):
@@ -1179,10 +1199,12 @@ def _study_of(args, p):
     file = Study.from_toml(args.study) if args.study else None
     if file is None and 'group' not in given: p.error('--group required (or --study FILE)')
     before = dict(name=file.name, grid=file.grid, seeds=file.seeds, metric=file.metric, evaluation=file.evaluation, options=file.options,
-                  engine=file.engine_name, workers=file.workers, threads=file.threads, reports_dir=file.report_dir.parent) if file else dict(grid={}, evaluation={}, options={})
+                  engine=file.engine_name, workers=file.workers, threads=file.threads, reports_dir=file.report_dir.parent,
+                  engine_options=file.engine_options) if file else dict(grid={}, evaluation={}, options={}, engine_options={})
+    engine_options = {**before['engine_options'], **{_ray_options[k]: given[k] for k in _ray_options if k in given}}
     grid = {**before['grid'], **grid}
     chosen = {**(file.given_reference if file else {}), **_typed_reference(given.get('reference', {}), grid)}
-    return Study(**{**before, **study, **({'name': given['group']} if 'group' in given else {}), 'grid': grid, 'reference': chosen,
+    return Study(**{**before, **study, **({'name': given['group']} if 'group' in given else {}), 'grid': grid, 'reference': chosen, 'engine_options': engine_options,
                     'evaluation': {**before['evaluation'], **evaluation}, 'options': {**before['options'], **options}})
 
 def _typed_reference(reference, grid):

@@ -212,6 +212,7 @@ def test_whose_lock_it_is(tmp_path):
         (tmp_path/'run/lock').mkdir(parents=True)
         (tmp_path/'run/lock/owner.json').write_text(json.dumps(owner))
         (tmp_path/'run/status.json').write_text(json.dumps(dict(state='running', process=owner, heartbeat=heartbeat)))
+        os.utime(tmp_path/'run/lock/owner.json', (heartbeat, heartbeat))  # touched as long as the owner lives
         try: acquire_lock(tmp_path/'run')
         except RunLockedError as e: assert str(owner['pid']) in str(e) and owner['host'] in str(e); return False
         return json.loads((tmp_path/'run/lock/owner.json').read_text()) == me

@@ -12,7 +12,7 @@ import flow_study
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NBS = ROOT/'flow_study', ROOT/'nbs'
 MODULES = sorted(p.stem for p in PACKAGE.glob('*.py') if p.stem not in ('__init__', '_modidx'))
-HEAVY = 'torch numpy scipy sklearn matplotlib wandb ipywidgets IPython pandas tqdm ot torchdiffeq statsmodels'.split()
+HEAVY = 'torch numpy scipy sklearn matplotlib wandb ipywidgets IPython pandas tqdm ot torchdiffeq statsmodels ray'.split()
 
 
 @pytest.fixture(scope='module')
@@ -97,7 +97,7 @@ def test_misspelt_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match='TrainingConfg'): flow_study.TrainingConfg
 
 
-@pytest.mark.parametrize('module', ['config', 'rundir', 'runs', 'sampling', 'metrics', 'device', 'train', 'statistics', 'engines', 'study'])
+@pytest.mark.parametrize('module', ['config', 'rundir', 'runs', 'sampling', 'metrics', 'device', 'train', 'statistics', 'engines', 'ray_engine', 'study'])
 def test_module_imports_without_torch(module):
     assert python(f"import flow_study.{module}, sys; print('torch' in sys.modules)").strip() == 'False'
 
