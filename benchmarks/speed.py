@@ -39,7 +39,7 @@ from flow_study.draws import keyed_generator
 from flow_study.models import build_model, create_model, register_model
 from flow_study.sampling import sample, solve, uniform_grid
 from flow_study.tracking import Tracker
-from flow_study.trainer import FlowTrainer
+from flow_study.trainer import FlowTrainer, _carry_out
 
 DIM, BATCH, LR = 1024, 256, 1e-4
 CLOCKS = dict(cpu=time.process_time, wall=time.perf_counter)
@@ -498,10 +498,18 @@ def shares(train, val, epochs):
             finally: spent[name] += clock() - began
         return f
     t.train_epoch, t.validate, t._log, t._save = (clocked(k, f) for k, f in zip(spent, (t.train_epoch, t.validate, t._log, t._save)))
+    epoch = t._epoch
+    def whole_epoch():
+        "An epoch that makes its steps itself, so that they are counted with it"
+        t._epoch = epoch
+        t.train_epoch()
+        t._epoch = whole_epoch
+        yield from ()
+    t._epoch = whole_epoch
     t._open(), t._start(False, False)
     started = clock()
     for k in spent: spent[k] = 0.
-    t._loop()
+    _carry_out(t._loop(), t.train_step)
     total = clock() - started
     t._writer.join()
     return dict(seconds_an_epoch=total/(3*epochs), **{k: v/total for k, v in spent.items()})

@@ -239,20 +239,26 @@ def train_step(self:FlowTrainer, x1, draws=None): # `x1` (b, d), rows on the dev
     "One update of the weights; nothing in it waits for the device"
     self._seed_network()
     if draws is None: (x1, draws), = self._drawn([x1], self.global_step)
-    loss = (self._compiled or self.loss_step)(None, x1, draws)
-    self.optimizer.zero_grad()
-    loss.backward()
+    loss = self._loss_and_gradients(x1, draws)
     norm = nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None], foreach=True)
     torch.clamp((norm + 1e-6)/self.config.grad_clip, min=1, out=self.optimizer.grad_scale)
-    self._freeze_unless_finite(loss.detach(), norm)
+    self._freeze_unless_finite(loss, norm)
     self.optimizer.step()
-    self._last = loss.detach(), norm, self.optimizer.param_groups[0]['lr']
+    self._last = loss, norm, self.optimizer.param_groups[0]['lr']
     self.scheduler.step()
     self.ema.update(self.model, live=self.live)
     if self.averages is not None: self.averages.update(self.model, live=self.live)
     self.global_step += 1
 
 # %% ../nbs/28_trainer.ipynb #a59f3a23
+@patch
+def _loss_and_gradients(self:FlowTrainer, x1, draws): # The loss, detached; gradients are in the parameters' `grad`
+    "The pure step forward and backward"
+    self.optimizer.zero_grad()
+    loss = (self._compiled or self.loss_step)(None, x1, draws)
+    loss.backward()
+    return loss.detach()
+
 @patch
 def _seed_network(self:FlowTrainer):
     "Torch's generators in the state of this step, for networks that draw, such as dropout layers"
@@ -323,15 +329,31 @@ def _check_cond(self:FlowTrainer):
     if self.config.pairs: raise bad_value('cond', True, 'False with pairs, whose rows have no condition')
 
 # %% ../nbs/28_trainer.ipynb #4229bcdc
+def _carry_out(course, step):
+    "Make each step that a generator asks for; gives what it returns"
+    try:
+        job = next(course)
+        while True:
+            try: step(*job)
+            except BaseException as e: job = course.throw(e)
+            else: job = next(course)
+    except StopIteration as end: return end.value
+
+# %% ../nbs/28_trainer.ipynb #bb5918bf
 @patch
 def train_epoch(self:FlowTrainer)->float: # Mean training loss over the epoch's steps
     "Train to the end of the epoch, from where it was left"
     self._setup()
+    return _carry_out(self._epoch(), self.train_step)
+
+@patch
+def _epoch(self:FlowTrainer):
+    "The steps of an epoch, from where it was left; returns the mean training loss"
     self.model.train()
     started, rows = time.monotonic(), 0
     for x1, draws in self._examples():
         self._boundary()
-        self.train_step(x1, draws)
+        yield x1, draws
         self._batch += 1
         rows += len(x1)
         if self.global_step % self.log_every == 0: self._log_step()
@@ -498,21 +520,30 @@ def _compare(self:FlowTrainer, path, state):
 @patch
 def train(self:FlowTrainer)->dict:
     "Train until the end of the run, or until patience runs out or a signal comes; gives the result, also a partial one"
+    if not self._prepare(): return self.result()
+    with self.signals.noted(): return _carry_out(self._course(), self.train_step)
+
+@patch
+def _prepare(self:FlowTrainer)->bool: # Whether there is anything left to train
+    "Set up, again after a failure"
     if self.run_dir is not None and self.state == 'failed': self._distrust()
     with self._naming_batch_size(): self._setup()
-    if self.state in FINAL and self.current_epoch >= self.config.epochs or self.state == 'early_stopped': return self.result()
     self.signals.number = None
-    with self.signals.noted():
-        went_on = self._open()
-        try:
-            with self._naming_batch_size():
-                self._start(**went_on)
-                self._loop()
-        except _Stopped: self.state = 'interrupted'
-        except BaseException as e:
-            self._fail(e)
-            raise
-        return self._close()
+    return not (self.state in FINAL and self.current_epoch >= self.config.epochs or self.state == 'early_stopped')
+
+@patch
+def _course(self:FlowTrainer):
+    "The steps of the run from where it stands, with all that happens between them; returns the result"
+    went_on = self._open()
+    try:
+        with self._naming_batch_size():
+            self._start(**went_on)
+            yield from self._loop()
+    except _Stopped: self.state = 'interrupted'
+    except BaseException as e:
+        self._fail(e)
+        raise
+    return self._close()
 
 @patch
 def _loop(self:FlowTrainer):
@@ -521,7 +552,7 @@ def _loop(self:FlowTrainer):
         if self.current_epoch > self._closed: self._end_epoch()
         if self.early_stopping.should_stop: self.state = 'early_stopped'
         elif self.current_epoch >= self.config.epochs: self.state = 'finished'
-        else: self.train_epoch()
+        else: yield from self._epoch()
         if self.state != 'running': return
 
 @patch
