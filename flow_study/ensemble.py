@@ -199,12 +199,12 @@ def _masks_or_why_not(member): # List of masks, and why not: empty when they are
 class Ensemble:
     "Trains members together; `train()` gives their results, and called again goes on where it stopped"
     def __init__(self,
-        members:list, # Of `Member`; their configs differ in seed and name alone
+        members:list, # Of `Member`; their configs differ in seed, name and place alone
     ):
         self.members, self.signals, self.stack, self.why_not = list(members), Signals(), None, 'not begun'
         if not self.members: raise ValueError('an ensemble needs at least one member')
         for m in self.members:
-            different = {k for k in m.config.diff(self.members[0].config)} - {'seed', 'name'}
+            different = {*m.config.diff(self.members[0].config)} - {'seed', 'name', 'group', 'checkpoint_dir'}
             if different: raise ValueError(f"members of an ensemble differ in seed and name alone, not in {', '.join(sorted(different))}")
             m.signals = self.signals
 

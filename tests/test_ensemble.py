@@ -1,18 +1,17 @@
 """Many seeds in one program: each equals its run alone, whoever else is there, through kills, stops and failures."""
-import json, os, shutil, signal, sys, time
+import shutil, signal
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from faults import ENV, Script, in_epoch, lines, same_state, until
+from faults import Script, in_epoch, lines, same_state
 from flow_study import ensemble as module
 from flow_study.checkpoint import read_checkpoint
 from flow_study.config import TrainingConfig
 from flow_study.data import FlowDataset
 from flow_study.draws import keyed_generator
-from flow_study.ensemble import Ensemble, Member, Stack, train_ensemble
+from flow_study.ensemble import Ensemble, Member, Stack
 from flow_study.layers import _models
 from flow_study.models import SimpleVelocityNet, build_model, register_model
 from flow_study.rundir import read_metrics, read_status
@@ -46,23 +45,6 @@ def make(rows, tmp_path):
 def stack_all(monkeypatch): monkeypatch.setattr(module, 'STACK_WORK', 1e12)
 
 
-def steps(member, n):
-    "Carry out the first steps of a trainer without a run directory"
-    member._setup()
-    if isinstance(member, Member): member._decide(False)
-    jobs = (job for _ in range(n) for job in member._epoch())
-    for _, job in zip(range(n), jobs): yield job
-
-
-def together(members, n, masks):
-    "The first steps of members, in a stack"
-    stack = Stack(members, masks)
-    for jobs in zip(*(steps(m, n) for m in members)):
-        stack.hand_out(list(jobs))
-        for m, job in zip(members, jobs): m.train_step(*job)
-    stack.release()
-
-
 def ensembled(make, seeds, **kw):
     "The ensemble of some seeds, trained"
     e = Ensemble([make(s, **kw) for s in seeds])
@@ -71,30 +53,31 @@ def ensembled(make, seeds, **kw):
 
 
 def close(a, b):
-    "Weights and averages of two trainers within the rounding of a hundred steps"
+    "Weights and averages of two trainers within the rounding of a hundred steps; a number whose gradient is itself rounding may be moved by AdamW, so lengths are compared"
     for x, y in ((a.params, b.params), (a.ema.params, b.ema.params)):
-        for k in x: torch.testing.assert_close(x[k], y[k], rtol=1e-3, atol=1e-4)
+        for k in x: assert (x[k] - y[k]).norm() <= 1e-3*x[k].norm(), k
 
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_a_member_is_its_run_alone(arch, make, stack_all):
-    "104 steps with dropout, each network: the same losses and weights within rounding, whatever the size of the ensemble"
-    alone = make(2, FlowTrainer, arch=arch, folder='alone')
+    "100 steps with dropout, each network: the same losses and weights within rounding, whatever the size of the ensemble"
+    kw = dict(arch=arch, epochs=4, batch_size=32)
+    alone = make(2, FlowTrainer, folder='alone', **kw)
     alone.train()
-    large = ensembled(make, (1, 2, 3), arch=arch)
-    assert large.why_not == '' and alone.global_step == 104
-    small = ensembled(make, (2, 3), arch=arch, folder='small')
+    large = ensembled(make, (1, 2, 3), **kw)
+    assert large.why_not == '' and alone.global_step == 100
+    small = ensembled(make, (2, 3), folder='small', **kw)
     close(alone, large.members[1])
     assert all(a.equal(b) for a, b in zip(large.members[1].params.values(), small.members[0].params.values()))
     losses = [[d['train/loss'] for d in t.history if 'train/loss' in d] for t in (alone, large.members[1])]
-    assert len(losses[0]) == 104 and all(abs(a - b) < 1e-4*a for a, b in zip(*losses))  # float32 rounding, carried on by AdamW
+    assert len(losses[0]) == 100 and all(abs(a - b) < 1e-4*a for a, b in zip(*losses))  # float32 rounding, carried on by AdamW
 
 
-@pytest.mark.parametrize('options', [dict(flow='otcfm'), dict(flow='spherical', epochs=4), dict(flow='si-gvp', aug='mixup+noise'), dict(cond=True, epochs=4),
-                                     dict(weighting='x1', epochs=4), dict(sigma=0.1, epochs=4), dict(ema_snapshots=2, epochs=4), dict(flow='otcfm', ot_batch=200, epochs=4)],
+@pytest.mark.parametrize('options', [dict(flow='spherical'), dict(flow='si-gvp', aug='mixup+noise'), dict(cond=True), dict(weighting='x1'),
+                                     dict(sigma=0.1), dict(ema_snapshots=2), dict(flow='otcfm', ot_batch=200)],
                          ids=lambda o: '-'.join(map(str, o.values())))
 def test_options(options, make, stack_all):
-    alone, both = make(2, FlowTrainer, folder='alone', **options), ensembled(make, (1, 2), **options)
+    alone, both = make(2, FlowTrainer, folder='alone', epochs=4, **options), ensembled(make, (1, 2), epochs=4, **options)
     alone.train()
     assert both.why_not == ''
     close(alone, both.members[1])
@@ -234,30 +217,22 @@ def start(place):
     for s in started: s.close()
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
-def test_killed_ensembles_end_like_one_that_was_never_killed(number, start):
+def test_a_killed_ensemble_ends_like_one_that_was_never_killed(start, train_main):
+    "SIGKILL, then SIGTERM; and one of its members goes on alone, by the training script, within rounding"
     assert start('whole').end(120)[0] == 0
-    for epochs in (3, 9):
+    for number, epochs in ((signal.SIGKILL, 2), (signal.SIGTERM, 5)):
         p = start('runs', '--resume')
         p.until(lambda: in_epoch(run_of(2), epochs))
         p.send(number)
         assert p.end()[0] == (-9 if number == signal.SIGKILL else 143)
-        if number == signal.SIGTERM: assert {read_status(run_of(s))['state'] for s in SEEDS} == {'interrupted'} and not list(Path('runs').rglob('lock'))
+    assert {read_status(run_of(s))['state'] for s in SEEDS} == {'interrupted'} and not list(Path('runs').rglob('lock'))
+    shutil.copytree(run_of(2), run_of(2, 'alone'))
     assert start('runs', '--resume').end(120)[0] == 0
     for s in SEEDS:
-        assert lines(run_of(s)) == lines(run_of(s, 'whole'))
+        assert read_status(run_of(s))['path'] == 'stacked' and lines(run_of(s)) == lines(run_of(s, 'whole'))
         assert checkpoints_equal(run_of(s), run_of(s, 'whole'))
-
-
-def test_a_member_goes_on_alone(start, train_main):
-    "`flow_study_train --resume` takes a member's directory as any other, and says that it rounds differently"
-    p = start('runs')
-    p.until(lambda: in_epoch(run_of(2), 4))
-    p.send(signal.SIGTERM)
-    p.end()
-    assert start('whole').end(120)[0] == 0
-    code, out, err = train_main('--resume', run_of(2), '--device', 'cpu')
+    code, out, err = train_main('--resume', run_of(2, 'alone'), '--device', 'cpu')
     assert code == 0 and 'the step was stacked, is eager' in out + err
-    a, b = (read_checkpoint(run_of(2, f)/'last.pt') for f in ('runs', 'whole'))
-    assert a['progress']['step'] == b['progress']['step'] == 160
-    for k in a['model']: torch.testing.assert_close(a['model'][k], b['model'][k], rtol=1e-3, atol=1e-4)
+    a, b = (read_checkpoint(run_of(2, f)/'last.pt') for f in ('alone', 'whole'))
+    assert a['progress']['step'] == b['progress']['step']
+    for k, x in a['model'].items(): assert (x - b['model'][k]).norm() <= 1e-3*x.norm(), k
