@@ -26,6 +26,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ['OMP_NUM_THREADS'] = '1'
 
@@ -37,10 +38,11 @@ from flow_study.closed_form import ValidationBank
 from flow_study.config import ProtocolWarning, TrainingConfig
 from flow_study.data import FlowDataset, NormalizationStats
 from flow_study.draws import keyed_generator
+from flow_study.ensemble import Ensemble, Member
 from flow_study.models import build_model, create_model, register_model
 from flow_study.sampling import sample, solve, uniform_grid
 from flow_study.tracking import Tracker
-from flow_study.trainer import FlowTrainer, norm_of
+from flow_study.trainer import FlowTrainer, _carry_out, norm_of
 
 DIM, BATCH, LR = 1024, 256, 1e-4
 CLOCKS = dict(cpu=time.process_time, wall=time.perf_counter)
@@ -499,10 +501,18 @@ def shares(train, val, epochs):
             finally: spent[name] += clock() - began
         return f
     t.train_epoch, t.validate, t._log, t._save = (clocked(k, f) for k, f in zip(spent, (t.train_epoch, t.validate, t._log, t._save)))
+    epoch = t._epoch
+    def whole_epoch():
+        "An epoch that makes its steps itself, so that they are counted with it"
+        t._epoch = epoch
+        t.train_epoch()
+        t._epoch = whole_epoch
+        yield from ()
+    t._epoch = whole_epoch
     t._open(), t._start(False, False)
     started = clock()
     for k in spent: spent[k] = 0.
-    t._loop()
+    _carry_out(t._loop(), t.train_step)
     total = clock() - started
     t._writer.join()
     return dict(seconds_an_epoch=total/(3*epochs), **{k: v/total for k, v in spent.items()})
@@ -698,6 +708,123 @@ def sampling(args):
                 ratios={f'{k} / ours': median_ratio(seconds, k, 'ours') for k in ways if k != 'ours'})
 
 
+# The section `ensemble`: some seeds in one program against as many runs alone
+
+def small(n, dim):
+    "Training and held-out rows of `dim` numbers"
+    x = torch.randn(n, dim, generator=keyed_generator(0, 'speed'))*torch.logspace(0.5, -0.5, dim)
+    return FlowDataset.from_tensor(x[:n - n//5]), FlowDataset.from_tensor(x[n - n//5:])
+
+
+class Seeds:
+    "The training loops of some seeds, without run directories: one after the other, or in one program"
+    def __init__(self, name, seeds, together, data, device='cpu', **kw):
+        config = TrainingConfig(**{**dict(flow='icfm', dataset='speed', group='speed', epochs=1000, patience=1000, lr=LR, warmup_steps=100, compile='off', checkpoint_dir=tempfile.mkdtemp()), **kw})
+        configs = [config.replace(seed=s) for s in range(seeds)]
+        self.name, self.seen = name, 0
+        self.trainers = [(Member if together else FlowTrainer)(build_model(c, data[0]), c, *data, device, trackers=[]) for c in configs]
+        for t in self.trainers: t._setup()
+        self.ensemble = Ensemble(self.trainers) if together else None
+        if together: self.ensemble._share(self.trainers)
+
+    def epoch(self):
+        before = self.steps
+        if self.ensemble is None:
+            for t in self.trainers: t.train_epoch()
+        else: self._together()
+        self.seen += (self.steps - before)*self.trainers[0].config.batch_size
+
+    def _together(self):
+        e, jobs = self.ensemble, {}
+        e.courses, e.results, e.errors = {t: t._epoch() for t in self.trainers}, {}, {}
+        for t in self.trainers:
+            t._writer = SimpleNamespace()
+            e._advance(t, jobs)
+        while jobs:
+            e._make_steps(jobs)
+            for t in list(jobs): e._advance(t, jobs)
+        assert not e.errors
+
+    @property
+    def steps(self): return sum(t.global_step for t in self.trainers)
+
+
+ENSEMBLES = {'mlp tiny, 32 numbers, batch 32': (32, dict(arch='mlp', size='tiny', batch_size=32), (1, 4, 16)), 'unet tiny, 32 numbers, batch 32': (32, dict(arch='unet', size='tiny', batch_size=32), (4,)),
+             'mlp small, 256 numbers, batch 256': (256, dict(arch='mlp', size='small', batch_size=256), (4,)), 'mlp-plain, 1024 numbers, batch 256': (1024, dict(arch='mlp-plain', batch_size=256), (1, 4, 16))}
+
+
+def ensemble(args):
+    "Ensembles against as many runs alone"
+    result = {}
+    for name, (dim, kw, sizes) in ENSEMBLES.items():
+        data = small(1000 if dim < 1024 else 2000, dim)
+        for n in sizes:
+            pair = [Seeds('alone', n, False, data, **kw), Seeds('together', n, True, data, **kw)]
+            times = take_turns(pair, args.rounds)
+            assert pair[0].steps == pair[1].steps
+            steps = pair[0].steps/n/(args.rounds + 1)
+            result[f'{name}, {n} seeds'] = dict(ratio=median_ratio(times, 'together', 'alone'), stacked=not pair[1].ensemble.why_not, why_not=pair[1].ensemble.why_not,
+                rows_ms=summary({k: [x/n for x in v] for k, v in times.items()}, steps))
+            print(f'  {name}, {n} seeds: together / alone {result[f"{name}, {n} seeds"]["ratio"]:.3f}', flush=True)
+    return result
+
+
+# The section `cuda`: everything on a GPU, timed with device events
+
+def device_ms(contender):
+    "Milliseconds of an epoch between two events on the device"
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    contender.epoch()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+class PlainOnGPU:
+    "The plain loop with everything on the GPU"
+    name = 'plain loop'
+
+    def __init__(self, train):
+        self.x, self.net, self.steps = train.x.cuda(), PlainNet(DIM).cuda(), 0
+        self.average = copy.deepcopy(self.net)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=LR, weight_decay=0.01)
+
+    def epoch(self):
+        for rows in torch.randperm(len(self.x), device='cuda').split(BATCH)[:len(self.x)//BATCH]:
+            x1 = self.x[rows]
+            t, x0 = torch.rand(len(x1), 1, device='cuda'), torch.randn_like(x1)
+            loss = ((self.net((1 - t)*x0 + t*x1, t[:, 0]) - (x1 - x0))**2).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.net.parameters(), 1.)
+            self.optimizer.step()
+            with torch.no_grad():
+                for a, p in zip(self.average.parameters(), self.net.parameters()): a.mul_(0.9999).add_(p, alpha=1e-4)
+            loss.item()
+            self.steps += 1
+
+
+def cuda(args):
+    "Plain loop, eager, compiled and captured steps, and ensembles of 1, 4 and 16, on one GPU; nothing where there is none"
+    if not torch.cuda.is_available(): return dict(left_out='no CUDA device')
+    data = datasets(10_000)
+    kw = dict(device='cuda', arch='plain-net', batch_size=BATCH)
+    contenders = [PlainOnGPU(data[0]), *(Seeds(name, 1, False, data, **kw, compile=how) for name, how in (('eager', 'off'), ('compiled', 'on'), ('captured', 'auto')))]
+    contenders += [Seeds(f'{how}, {n} seeds', n, together, data, **kw, compile='auto') for n in (4, 16) for how, together in (('alone', False), ('together', True))]
+    contenders.append(Seeds('eager, 16 seeds', 16, False, data, **kw, compile='off'))
+    times = {c.name: [] for c in contenders}
+    for r in range(args.rounds + 1):
+        for c in contenders:
+            took = device_ms(c)
+            if r: times[c.name].append(took/1000)
+    model = PlainNet(DIM)
+    weights, products = sum(p.numel() for p in model.parameters()), sum(2*BATCH*i*o*(3 if need else 2) for i, o, need in linear_layers(model))
+    pairs = [('plain loop', 'captured'), ('alone, 16 seeds', 'together, 16 seeds'), ('eager, 16 seeds', 'together, 16 seeds')]
+    return dict(device=torch.cuda.get_device_name(), rows_ms=summary(times, len(data[0])//BATCH), ratios={f'{a} / {b}': median_ratio(times, a, b) for a, b in pairs},
+                floor=dict(operations=products, bytes=4*weights*(3 + 7 + 3)))  # weights and gradients in the products, the optimizer's seven passes, the average's three
+
+
 # The report
 
 def machine():
@@ -723,7 +850,12 @@ BARS = [('step, fp32: plain loop / ours', 'step', lambda d: d['ratios']['plain l
         ('flow_study_train --help, s', 'start', lambda d: d['seconds']['flow_study_train --help'], '<=', 0.4),
         ('import of flow_study beyond torch, s', 'start', lambda d: d['import_beyond_torch'], '<=', 0.1),
         ('sampling: torchdiffeq / ours', 'sampling', lambda d: d['ratios']['torchdiffeq / ours'], '>=', 1.3),
-        ('sampling: torchdiffeq with our batches / ours', 'sampling', lambda d: d['ratios']['torchdiffeq, our batches / ours'], '>=', 1.3)]
+        ('sampling: torchdiffeq with our batches / ours', 'sampling', lambda d: d['ratios']['torchdiffeq, our batches / ours'], '>=', 1.3),
+        ('ensemble of 4 / 4 runs alone, the dearest', 'ensemble', lambda d: max(v['ratio'] for k, v in d.items() if k.endswith(', 4 seeds')), '<=', 1.05),
+        ('ensemble of 4 / 4 runs alone, small networks', 'ensemble', lambda d: max(v['ratio'] for k, v in d.items() if 'tiny' in k and k.endswith(', 4 seeds')), '<=', 1.),
+        ('H100: plain loop / captured', 'cuda', lambda d: d['ratios']['plain loop / captured'], '>=', 8),
+        ('H100: 16 captured runs / ensemble of 16', 'cuda', lambda d: d['ratios']['alone, 16 seeds / together, 16 seeds'], '>=', 3),
+        ('H100: 16 eager runs / ensemble of 16', 'cuda', lambda d: d['ratios']['eager, 16 seeds / together, 16 seeds'], '>=', 12)]
 
 
 def bars(results):
@@ -753,7 +885,7 @@ def plot(results, path):
     fig.savefig(path, dpi=120)
 
 
-SECTIONS = dict(step=step, epoch=epoch, scale=scale, start=start, sampling=sampling)
+SECTIONS = dict(step=step, epoch=epoch, scale=scale, start=start, sampling=sampling, ensemble=ensemble, cuda=cuda)
 
 
 def main():

@@ -31,6 +31,7 @@ _public = {
     'runs': 'list_runs prune_runs',
     'tracking': 'ProgressTracker Tracker WandbTracker',
     'trainer': 'FlowTrainer NonFiniteError choose_average',
+    'ensemble': 'Ensemble train_ensemble',
     'statistics': 'compare_arms mean_ranks paired_test plot_ranks seed_interval seeds_needed',
     'engines': 'Engine register_engine',
     'ray_engine': 'EngineError RayEngine',

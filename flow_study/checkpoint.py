@@ -209,6 +209,8 @@ def find_checkpoint(
 # %% ../nbs/21_checkpoint.ipynb #0ddfa565
 class CheckpointWriter:
     "Writes `best.pt` and `last.pt` of one run in the background"
+    sharers = 1 # Runs of this process, who share its time
+
     def __init__(self,
         folder, # Run directory
         before=lambda: None, # Called in the thread before each write
@@ -247,7 +249,8 @@ def wait(self:CheckpointWriter,
     best:bool=False # For a state that is the best so far
 )->float: # Seconds until the next write may begin
     "How long a state submitted now would wait; processor time counts, so that a busy machine does not change the share"
-    usual = min(self._busy + 30*self._cost - time.process_time(), self._wrote + 300*self._cost - time.monotonic())
+    cost = self.sharers*self._cost
+    usual = min(self._busy + 30*cost - time.process_time(), self._wrote + 300*cost - time.monotonic())
     if self.seconds is None: return max(0., usual)
     least = self._wrote + self.seconds - time.monotonic()
     return max(0., min(usual, least) if best else least)

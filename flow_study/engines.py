@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRACE_SECONDS', 'Job', 'run_state', 'config_on_disk', 'evaluation_of', 'evaluation_arguments', 'as_options',
-           'carry_out', 'Engine', 'LocalEngine', 'register_engine', 'create_engine']
+           'carry_out', 'carry_out_together', 'Engine', 'LocalEngine', 'EnsembleEngine', 'register_engine',
+           'create_engine']
 
 # %% ../nbs/32_engines.ipynb #ad8270f7
 import json, logging, multiprocessing, os, shutil, signal, sys, threading, time
@@ -108,13 +109,29 @@ def carry_out(
     state = run_state(job)
     if state in ('live', 'changed'): return 1
     if state not in ('trained', 'done'):
-        go_on = state != 'new' and any((job.run_dir/k).is_file() for k in ('last.pt', 'best.pt'))
-        code = main([f'--resume={job.run_dir}', *as_options({}, **job.options)] if go_on else as_options(job.config, **job.options))
+        code = main(_arguments(job, state))
         if code: return code
     if run_state(job) == 'trained': return _evaluated(job)
     return 0
 
-# %% ../nbs/32_engines.ipynb #04e7e5eb
+# %% ../nbs/32_engines.ipynb #72804ab1
+def _arguments(job, state):
+    "What `flow_study_train` is to be called with: the config, or a directory to go on from"
+    go_on = state != 'new' and any((job.run_dir/k).is_file() for k in ('last.pt', 'best.pt'))
+    return [f'--resume={job.run_dir}', *as_options({}, **job.options)] if go_on else as_options(job.config, **job.options)
+
+def carry_out_together(
+    jobs:list # Of `Job`, whose configs differ by their seed
+)->int: # Exit code, 0 when all are done now
+    "Train the runs of several jobs in one program, then evaluate each"
+    from flow_study.train import train_together
+    states = [run_state(j) for j in jobs]
+    todo = [_arguments(j, s) for j, s in zip(jobs, states) if s in ('new', 'resume', 'failed')]
+    code = train_together(todo) if todo else 0
+    if code > 1: return code
+    return max([code, *(_evaluated(j) for j in jobs if run_state(j) == 'trained')])
+
+# %% ../nbs/32_engines.ipynb #07899c33
 def _evaluated(job):
     "Evaluate; an error is said, and becomes an exit code"
     from flow_study.console import complain
@@ -170,14 +187,15 @@ def _said_to(log):
     # a kernel's streams do not write to the files 1 and 2
     sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False, errors='backslashreplace') for n in (1, 2))
 
-def _work(job, environ):
-    "What the process of a job does"
+def _work(jobs, environ):
+    "What the process of a job does, or of several"
     _end_with_parent()
+    job, *others = jobs
     _said_to(job.log)
     os.environ.update(environ)
     import torch
     torch.set_num_threads(job.threads)
-    sys.exit(carry_out(job))
+    sys.exit(carry_out_together(jobs) if others else carry_out(job))
 
 # %% ../nbs/32_engines.ipynb #b9fc0ff1
 class Engine:
@@ -213,27 +231,33 @@ def _cores():
 @patch
 def execute(self:LocalEngine, jobs):
     "Carry out jobs, as many at once as there are slots"
-    context, queue, free, running = _context(self.threads), deque(jobs), deque(range(self.slots)), {}
+    context, queue, free, running = _context(self.threads), deque(self._groups(jobs)), deque(range(self.slots)), {}
     try:
         while queue or running:
             while queue and free:
-                job, slot = queue.popleft(), free.popleft()
-                running[self._start(context, job, slot)] = job, slot
+                group, slot = queue.popleft(), free.popleft()
+                running[self._start(context, group, slot)] = group, slot
             ended = set(wait([p.sentinel for p in running], timeout=1.))
             for p in [p for p in running if p.sentinel in ended]:
-                job, slot = running.pop(p)
+                group, slot = running.pop(p)
                 p.join()
                 free.append(slot)
-                yield job, p.exitcode
+                for job in group: yield job, p.exitcode if len(group) == 1 or run_state(job) != 'done' else 0
             yield None
     finally: _stop(running)
 
 # %% ../nbs/32_engines.ipynb #e3c795bd
 @patch
-def _start(self:LocalEngine, context, job, slot):
-    "A process for a job"
-    job = replace(job, threads=self.threads, options={**job.options, 'device': self.device, 'gpu': self.gpus[slot % len(self.gpus)]})
-    process = context.Process(target=_work, args=(job, _environ()), name=job.run_dir.name)
+def _groups(self:LocalEngine, jobs):
+    "Jobs that share a process: here each has its own"
+    return [[job] for job in jobs]
+
+@patch
+def _start(self:LocalEngine, context, group, slot):
+    "A process for some jobs"
+    how = {'device': self.device, 'gpu': self.gpus[slot % len(self.gpus)]}
+    group = [replace(job, threads=self.threads, options={**job.options, **how}) for job in group]
+    process = context.Process(target=_work, args=(group, _environ()), name=group[0].run_dir.name)
     process.start()
     return process
 
@@ -250,8 +274,22 @@ def _stop(processes):
         if p.is_alive(): p.kill()
         p.join()
 
+# %% ../nbs/32_engines.ipynb #8f51c174
+class EnsembleEngine(LocalEngine):
+    "A queue of processes, each for the seeds of one config"
+    def _groups(self, jobs):
+        "Jobs that differ by their seed, in as many parts as there are processes for each config"
+        cells = {}
+        for job in jobs: cells.setdefault(_but_for_the_seed(job), []).append(job)
+        parts = -(-self.slots//max(1, len(cells)))
+        return [cell[k::parts] for cell in cells.values() for k in range(min(parts, len(cell)))]
+
+def _but_for_the_seed(job):
+    "What jobs of one cell share"
+    return json.dumps([{k: v for k, v in job.config.items() if k not in ('seed', 'name')}, job.options], sort_keys=True, default=str)
+
 # %% ../nbs/32_engines.ipynb #f6ddc52a
-_engines = {'local': LocalEngine}
+_engines = {'local': LocalEngine, 'ensemble': EnsembleEngine}
 _later = {'ray': 'flow_study.ray_engine'} # engines that are imported when first asked for; importing one registers it
 
 def register_engine(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gaussian_source', 'uniform_time', 'stratified_time', 'logit_normal_time', 'table_source', 'independent_coupling',
            'Coefficients', 'linear', 'trigonometric', 'interpolate', 'Draws', 'Flow', 'register_flow',
-           'register_source', 'create_flow', 'squared_distances', 'assign', 'Transport', 'TransportReport',
+           'register_source', 'create_flow', 'squared_distances', 'assign', 'auction', 'Transport', 'TransportReport',
            'transport_report', 'great_circle', 'to_sphere', 'sphere_source', 'squared_angles', 'Lengths', 'load_pairs',
            'PairTable', 'build_flow']
 
@@ -319,7 +319,57 @@ def _row_potentials(c, levels=(0.05, 0.01, 0.002), steps=8, over=1.6):
         u, v = up, vp
     return u.astype(np.float64)
 
+# %% ../nbs/06_paths.ipynb #fdfc253e
+def auction(
+    cost:torch.Tensor, # (n, n) float64, rows x1, columns x0, on any device
+    last:float=1e-7, # The total is within this share of a mean cost of the smallest
+)->torch.Tensor: # (n,): row i goes with column `auction(cost)[i]`
+    "The assignment with the smallest total cost, where the cost is"
+    n, cost = len(cost), cost.nan_to_num(0., 0., 0.)  # a row that is not finite spoils its own loss, which stops the run; here it must find an end
+    if n == 1: return torch.zeros(1, dtype=torch.long, device=cost.device)
+    price, scale, eps = -_column_potentials(cost), cost.mean().clamp(min=1e-30), 1e-2
+    while True:
+        price, column = _bidding(cost, price, eps*scale)
+        if eps <= last/n: return column
+        eps = max(eps/5, last/n)
+
+def _bidding(cost, price, eps):
+    "Prices (n,), and the column (n,) of each row, when every row has one"
+    owner, column = (torch.full((len(cost),), -1, device=cost.device) for _ in range(2))
+    while (column < 0).any():
+        for _ in range(16): price, owner, column = _bids(cost, price, owner, column, eps)
+    return price, column
+
+# %% ../nbs/06_paths.ipynb #23e3cbd0
+def _bids(cost, price, owner, column, eps):
+    "One bid of every row that has no column"
+    n, row = len(cost), torch.arange(len(cost), device=cost.device)
+    two = (-cost - price).topk(2, 1)
+    wanted, none = two.indices[:, 0], torch.full_like(price, -math.inf)
+    bid = torch.where(column < 0, price[wanted] + two.values[:, 0] - two.values[:, 1] + eps, none)
+    highest = none.scatter_reduce(0, wanted, bid, 'amax')
+    winner = torch.full_like(owner, -1).scatter_reduce(0, wanted, torch.where((column < 0) & (bid == highest[wanted]), row, -1), 'amax')
+    sold = winner >= 0
+    column = torch.cat([column, column[:1]])  # one place more, for what concerns no row
+    column = column.scatter(0, torch.where(sold & (owner >= 0), owner, n), -1).scatter(0, torch.where(sold, winner, n), row)[:n]
+    return torch.where(sold, highest, price), torch.where(sold, winner, owner), column
+
+def _column_potentials(cost, levels=(0.05, 0.01, 0.002), steps=8, over=1.6):
+    "A guess of the dual potentials of the columns, as `_row_potentials` makes it, without asking the device"
+    u, v = torch.zeros_like(cost[:, 0]), torch.zeros_like(cost[0])
+    for eps in (cost.mean()*level for level in levels):
+        k, a, b = ((v - cost + u[:, None])/eps).clamp(-60, 60).exp(), torch.ones_like(u), torch.ones_like(v)
+        for _ in range(steps): a = a*(a*(k @ b))**-over; b = b*(b*(a @ k))**-over
+        up, vp = u + eps*a.log(), v + eps*b.log()
+        good = up.isfinite().all() & vp.isfinite().all()
+        u, v = torch.where(good, up, u), torch.where(good, vp, v)
+    return v
+
 # %% ../nbs/06_paths.ipynb #a2795b93
+def _distances_on_device(x1, x0): return torch.cdist(x1.double(), x0.double(), compute_mode='use_mm_for_euclid_dist')**2
+
+_device_costs = {squared_distances: _distances_on_device} # What is computed where the data are, for each cost; others are computed on the CPU
+
 @dataclass(frozen=True)
 class Transport:
     "A coupling by optimal transport within the batch"
@@ -355,6 +405,7 @@ def matrix(self:Transport,
 @patch
 def __call__(self:Transport, x0, x1, generator=None): # (n, d): the x0 that goes with each row of `x1`
     "Couple a batch; a plan that is not an assignment is drawn from"
+    if self.plan == 'exact' and x0.device.type != 'cpu' and self.cost in _device_costs: return x0[auction(_device_costs[self.cost](x1, x0))]
     if self.plan == 'exact': return x0[torch.from_numpy(assign(self.cost(x1, x0))).to(x0.device)]
     if generator is None: raise DataError(f'the {self.plan} plan is drawn from: give a generator')
     p = torch.from_numpy(self.matrix(x0, x1)).to(generator.device)
@@ -502,6 +553,10 @@ def squared_angles(
     "The squared angle of every pair"
     a, b = (to_sphere(x.detach().cpu().double()).numpy() for x in (x1, x0))
     return np.arccos(np.clip(a @ b.T, -1, 1))**2
+
+def _angles_on_device(x1, x0): return (to_sphere(x1.double()) @ to_sphere(x0.double()).T).clamp(-1, 1).arccos()**2
+
+_device_costs[squared_angles] = _angles_on_device
 
 def _spherical():
     "Great circles between independent ends (Chen and Lipman 2024)"

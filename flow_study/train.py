@@ -115,20 +115,33 @@ def _exit_on_sigterm():
 def _run(args):
     "Carry out what the options ask for; gives the result of training"
     checkpoint, run = _resumed(args) if args.resume else (None, _fields(args))
+    _ready(args, run)
+    from flow_study.trainer import FlowTrainer
+    return _trainer(FlowTrainer, args, checkpoint, run).train()
+
+def _ready(args, run):
+    "Choose and check the device"
     if args.device != 'cpu': _logger.info('%s', choose_gpu(args.gpu).message)
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it matrix products on a GPU are not reproducible
     set_seed(run.get('seed', 42))
     verify_gpu(args.require_gpu, device_name='' if args.device == 'cpu' else None)
-    config = TrainingConfig.from_dict(run)
+
+def _parts(config):
+    "A network, training rows and held-out rows"
     config.validate_stats_path()
     from flow_study.data import load_all_splits
     from flow_study.models import build_model
-    from flow_study.trainer import FlowTrainer
     train, val, test = load_all_splits(config.dataset, config.stats_path, config.data_dir)
     _logger.info('%s: %d train, %d val, %d test rows of %d numbers, normalized by %s', config.dataset, len(train), len(val), len(test), train.dim, train.stats.source)
-    trainer = FlowTrainer(build_model(config, train), config, train, val, args.device, args.wandb_project, checkpoint,
-        wandb_mode=args.wandb_mode, wandb_upload=args.wandb_upload, checkpoint_seconds=args.checkpoint_seconds, allow_config_change=args.allow_config_change)
-    return trainer.train()
+    return build_model(config, train), train, val
+
+def _trainer(kind, args, checkpoint, run, like=None):
+    "A trainer of some kind; one like another has its rows, and its network but for the seed"
+    from flow_study.ensemble import seeded_model
+    config = TrainingConfig.from_dict(run)
+    model, train, val = _parts(config) if like is None else (seeded_model(like.model, config.seed), like.train_dataset, like.val_dataset)
+    return kind(model, config, train, val, args.device, args.wandb_project, checkpoint, wandb_mode=args.wandb_mode, wandb_upload=args.wandb_upload,
+        checkpoint_seconds=args.checkpoint_seconds, allow_config_change=args.allow_config_change)
 
 # %% ../nbs/30_train.ipynb #78815819
 def _summary(result, seconds):
@@ -151,6 +164,37 @@ def main(
         except (ValueError, OSError, RuntimeError) as e: return complain('flow_study_train', e)
         print(_summary(result, time.monotonic() - started))
         return 128 + result['signal'] if result['state'] == 'interrupted' and result['signal'] else 0
+
+# %% ../nbs/30_train.ipynb #ce63b767
+def train_together(
+    argvs:list, # Arguments of `flow_study_train` for each run
+)->int: # Exit code: 0 all done, 1 some failed, 130 and 143 interrupted
+    "Train runs that differ by their seed in one program"
+    with _exit_on_sigterm():
+        args, started = [parse_args(a) for a in argvs], time.monotonic()
+        setup_logging()
+        results = _together(args)
+        for r in results: print(_summary(r, time.monotonic() - started) if r['state'] != 'failed' else f"{r['run_dir']} failed: {r['reason']}")
+        number = next((r['signal'] for r in results if r['signal']), None)
+        return 128 + number if number else int(len(results) < len(args) or any(r['state'] == 'failed' for r in results))
+
+def _together(args):
+    "The results of those runs that could be set up"
+    from flow_study.ensemble import Ensemble
+    members = []
+    for a in args:
+        try: members.append(_member(a, *members[:1]))
+        except (ValueError, OSError, RuntimeError) as e: complain('flow_study_train', e)
+    try: return Ensemble(members).train() if members else []
+    except (ValueError, OSError, RuntimeError) as e: complain('flow_study_train', e)
+    return []
+
+def _member(args, like=None):
+    "A trainer for the ensemble"
+    from flow_study.ensemble import Member
+    checkpoint, run = _resumed(args) if args.resume else (None, _fields(args))
+    if like is None: _ready(args, run)
+    return _trainer(Member, args, checkpoint, run, like)
 
 # %% ../nbs/30_train.ipynb #70d31c5a
 #| eval: false
