@@ -21,7 +21,7 @@ from .models import build_model, keyed_init, remake_model
 from .paths import Draws
 from .precond import Preconditioned
 from .tracking import ProgressTracker, WandbTracker
-from .trainer import FlowTrainer, Result, Signals, _Stopped, make_loss_step
+from .trainer import FlowTrainer, Result, Signals, _Stopped, make_loss_step, norm_of
 
 # %% ../nbs/29_ensemble.ipynb #962b0a22
 _logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Member(FlowTrainer):
 
     def _loss_and_gradients(self, x1, draws):
         loss, self.given = self.given, None
-        return super()._loss_and_gradients(x1, draws) if loss is None else loss
+        return super()._loss_and_gradients(x1, draws) if loss is None else (loss, norm_of([p.grad for p in self.params.values()]))
 
 # %% ../nbs/29_ensemble.ipynb #2d334e3d
 class _GivenMasks(nn.Module):
