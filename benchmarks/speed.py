@@ -881,7 +881,7 @@ def plot(results, path):
     for k, style in (('floor', '--'), ('floor, bf16', ':')): ax.axvline(rows[k]['ms'], color='#D55E00', ls=style, label=f'matrix products alone{k[5:]}')
     ax.invert_yaxis()
     ax.set(xlabel='milliseconds a step, median of rounds')
-    ax.legend(frameon=False, loc='lower right')
+    ax.legend(frameon=False, loc='upper right')
     fig.savefig(path, dpi=120)
 
 
