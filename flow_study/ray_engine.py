@@ -272,7 +272,7 @@ def _in_fork(job, order, look=lambda process: None):
     process = None
     try:
         with _without_main():
-            process = _context(job.threads).Process(target=_work, args=(job, _environ() | order.environ | _gpus_seen(order)), name=job.run_dir.name)
+            process = _context(job.threads).Process(target=_work, args=([job], _environ() | order.environ | _gpus_seen(order)), name=job.run_dir.name)
             process.start()
         while not wait([process.sentinel], timeout=1.): look(process)
         process.join()
