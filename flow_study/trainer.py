@@ -330,6 +330,7 @@ def _compile(self:FlowTrainer, x1, draws):
         _logger.warning('not compiled: %s', str(e).partition('\n')[0])
         self.path = 'eager'
         if self.run_dir: self.run_dir.set_status(path='eager')
+    self._seed_network()  # recording has drawn: the step begins again, whenever in the run this was
 
 # %% ../nbs/28_trainer.ipynb #8dd2c974
 @patch

@@ -95,10 +95,12 @@ def test_compiled_is_eager_within_rounding(make):
 
 
 @compiles
-def test_compiled_resumes_bit_for_bit(make, tmp_path):
-    make('whole', compile='on').train()
-    make('cut', [StopAt(13)], compile='on').train()
-    make('cut', compile='on', resume_path=tmp_path/'cut').train()
+@pytest.mark.parametrize('kw', [{}, dict(arch='mlp', size='tiny')], ids=['plain', 'with dropout'])
+def test_compiled_resumes_bit_for_bit(make, tmp_path, kw):
+    "Also where the network draws, which recording the step does as well"
+    make('whole', compile='on', **kw).train()
+    make('cut', [StopAt(13)], compile='on', **kw).train()
+    make('cut', compile='on', resume_path=tmp_path/'cut', **kw).train()
     a, b = (read_checkpoint(tmp_path/name/'last.pt') for name in ('whole', 'cut'))
     assert all(v.equal(b['model'][k]) for k, v in a['model'].items()) and all(v.equal(b['ema']['params'][k]) for k, v in a['ema']['params'].items())
 
