@@ -65,7 +65,7 @@ def test_disk_full_in_a_checkpoint(script, small_disk, train_main):
     "disk full in a checkpoint: the previous checkpoint survives, the error names the path and the bytes needed"
     disk = small_disk('8m')
     run = disk/'checkpoints'/RUN.name
-    p = script(*LONG, '--checkpoint-dir', disk/'checkpoints')
+    p = script(*LONG, '--checkpoint-seconds', 0, '--checkpoint-dir', disk/'checkpoints')
     p.until(lambda: in_epoch(run, 3))
     while p.process.poll() is None and shutil.disk_usage(disk).free > 900_000: # the script writes, too: again until it holds
         with open(disk/'filler', 'ab') as f: f.write(bytes(max(0, shutil.disk_usage(disk).free - 600_000)))
