@@ -280,7 +280,9 @@ def compile_step(
         return loss, norm, grads
     return step
 
-def norm_of(grads):
+def norm_of(
+    grads:list # Of tensors, `None` among them
+)->torch.Tensor: # ()
     "The norm of all gradients together, those that are `None` left out"
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g for g in grads if g is not None])))
 
