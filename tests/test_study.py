@@ -300,3 +300,14 @@ def test_names_never_collide():
     values = ['a/x.pt', 'b/x.pt', 'c d', 'c:d', '..', 'ü']
     configs = expand_grid('s', dict(arch=['x', 'x-y'], flow=['y-z', 'z'], dataset='1k', stats_path=values, epochs=[1, 11]), 3)
     assert len({c.run_dir for c in configs}) == len(configs) == 2*2*6*2*3
+
+
+def test_the_seeds_of_a_cell_in_one_program(place):
+    "The engine ensemble: the same directories, and losses equal within rounding"
+    alone = small(grid=dict(checkpoint_dir='alone', batch_size=16, epochs=4)).run(measure=False, test=False)
+    together = small(grid=dict(checkpoint_dir='together', batch_size=16, epochs=4), engine='ensemble', workers=1)
+    found = together.run(measure=False, test=False)
+    assert {r['state'] for r in found.runs} == {'done'} and [r['run'] for r in found.runs] == [r['run'] for r in alone.runs]
+    assert {read_status(c.run_dir)['path'] for c in together.configs} == {'stacked'}
+    for a, b in zip(alone.runs, found.runs): assert b['best_val_loss'] == pytest.approx(a['best_val_loss'], rel=1e-3)
+    assert [r['arm'] for r in found.leaderboard() if r['place']] == [r['arm'] for r in alone.leaderboard() if r['place']]
