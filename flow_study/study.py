@@ -656,8 +656,8 @@ def _repr_html_(self:Leaderboard):
     "A table that a click on a head sorts"
     value = lambda v: '' if v is None or v != v else escape(str(v), quote=True)
     head = ''.join(f'<th style="cursor:pointer" onclick="{escape(_sort_script, quote=True)}">{escape(k)}</th>' for k in self.shown)
-    body = ''.join('<tr>' + ''.join(f'<td data-v="{value(r[k])}">{escape(_cell(r[k]))}</td>' for k in self.shown) + '</tr>' for r in self)
-    return f'<table class="leaderboard"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    body = ''.join('<tr>' + ''.join(f'<td data-v="{value(r[k])}" style="white-space:nowrap">{escape(_cell(r[k]))}</td>' for k in self.shown) + '</tr>' for r in self)
+    return f'<div style="overflow-x:auto"><table class="leaderboard"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../nbs/34_study.ipynb #d62a11ec
 @patch
