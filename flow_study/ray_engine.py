@@ -546,7 +546,7 @@ LOSSES = 3 # Times that a run is handed out again because its worker or node was
 
 @patch
 def execute(self:RayEngine, jobs):
-    "Carry out jobs; yields as `execute` does"
+    "Carry out jobs, a task for each; yields as every engine does"
     jobs = [replace(j, threads=self.threads, options={**j.options, 'device': self.device, 'gpu': self.gpu.split(',')[0].strip()}) for j in jobs]
     if self.bring_back: [_check_relative(j.config) for j in jobs]
     running, order = {}, None
