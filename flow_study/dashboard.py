@@ -449,7 +449,7 @@ def _build(self:Dashboard):
     full = w.Layout(width='100%', margin='0')
     self._title, self._gpu, self._body, self._note, self._words, self._legend, self._picture, self._diff, self._samples = (w.HTML(layout=full) for _ in range(9))
     self._shared = dict(layout=w.Layout(), style=w.ToggleButton().style)
-    self._hits, self._pressed, self._pile = [], [], w.VBox(layout=w.Layout())
+    self._hits, self._pressed, self._pile = {}, {}, w.VBox(layout=w.Layout())
     self._stack = w.Box([self._body.add_class('fs-rows'), self._pile.add_class('fs-hits')], layout=w.Layout()).add_class('fs-stack')
     table = w.VBox([self._heads(w), self._stack, self._note], layout=full).add_class('fs-scroll')
     self.widget = w.VBox([w.HTML(f'<style>{_css}</style>', layout=w.Layout(display='none')), self._title, self._gpu, self._choices(w), table, self._buttons(w),
@@ -537,29 +537,37 @@ def _show_devices(self:Dashboard):
 # %% ../nbs/36_dashboard.ipynb #455e01d6
 @patch
 def _show_hits(self:Dashboard):
-    "A transparent button over each row"
-    import ipywidgets as w
-    while len(self._hits) < len(self._rows):
-        hit = w.ToggleButton(**self._shared).add_class('fs-hit')
-        _heard_anywhere(hit)
-        hit.observe(lambda c, i=len(self._hits): self._hit(i, c['new']), 'value')
-        self._hits.append(hit)
-        self._pressed.append(False)
+    "A transparent button over each row; it belongs to its run, so that a click that arrives after the rows have moved still means the run that was clicked"
+    rows = {r['path']: r for r in self._rows}
+    for path in [p for p in self._hits if p not in self.folder.runs]:
+        self._hits.pop(path).close()
+        del self._pressed[path]
     self._quiet = True
     try:
-        for i, (hit, row) in enumerate(zip(self._hits, self._rows)):
-            chosen = row['path'] in self.selected
-            if chosen != self._pressed[i]: hit.value = self._pressed[i] = chosen  # one that was just clicked, and not yet heard, stays as it is
+        for path, row in rows.items():
+            hit, chosen = self._hit_of(path), path in self.selected
+            if chosen != self._pressed[path]: hit.value = self._pressed[path] = chosen  # one that was just clicked, and not yet heard, stays as it is
             hit.description, hit.tooltip = row['run'], tooltip(row)
     finally: self._quiet = False
-    if len(self._pile.children) != len(self._rows): self._pile.children = self._hits[:len(self._rows)]
+    order = tuple(self._hits[p] for p in rows)
+    if self._pile.children != order: self._pile.children = order
 
 @patch
-def _hit(self:Dashboard, i, on):
+def _hit_of(self:Dashboard, path):
+    "The button of a run"
+    import ipywidgets as w
+    if path not in self._hits:
+        hit = self._hits[path] = w.ToggleButton(**self._shared).add_class('fs-hit')
+        self._pressed[path] = False
+        _heard_anywhere(hit)
+        hit.observe(lambda c: self._hit(path, c['new']), 'value')
+    return self._hits[path]
+
+@patch
+def _hit(self:Dashboard, path, on):
     "A row was clicked"
     with self._lock:
-        if self._quiet or i >= len(self._rows): return
-        path = self._rows[i]['path']
+        if self._quiet or path not in self.folder.runs: return
         chosen = *[p for p in self.selected if p != path], *[path]*on
     self.select(*chosen)
 

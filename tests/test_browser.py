@@ -146,7 +146,8 @@ def table(page):
 
 def says(page, name, head, text):
     "Wait until a cell of the table has a text"
-    until(lambda: text in table(page).get(name, {}).get(head, '') or page.wait_for_timeout(100), 40)
+    try: until(lambda: text in table(page).get(name, {}).get(head, '') or page.wait_for_timeout(100), 120)
+    except AssertionError as e: raise AssertionError(f"{head} {text!r} of {name}: {e}. Said: {page.locator('.fs-said').all_inner_texts()}; on disk {read_status(RUNS/name)}; shown {table(page)}") from None
 
 
 def click_row(page, name): page.locator('.fs-hit', has_text=name).first.click()
