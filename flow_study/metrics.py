@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .config import bad_value, unknown_name
-from .console import Parser, complain, setup_logging
+from .console import Parser, complain, setup_logging, spin_briefly
 from .files import publish, publish_json
 
 # %% ../nbs/23_metrics.ipynb #2189d0bd
@@ -842,6 +842,7 @@ def main(
 )->int: # Exit code: 0 done, 1 failed, 2 bad arguments, 130 interrupted
     "Judge a run: `flow_study_eval`"
     a = _parser().parse_args(argv)
+    spin_briefly()
     setup_logging()
     logging.getLogger('flow_study.sampling').setLevel(logging.WARNING) # the report has the counts of all samples
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import bad_value, unknown_name
-from .console import Parser, complain, setup_logging
+from .console import Parser, complain, setup_logging, spin_briefly
 from .files import publish
 
 # %% ../nbs/22_sampling.ipynb #f2e0c459
@@ -638,6 +638,7 @@ def main(
 )->int: # Exit code
     "Samples of a trained flow: `flow_study_sample`"
     args = _parser().parse_args(argv)
+    spin_briefly()
     setup_logging()
     try: _run(args)
     except KeyboardInterrupt: return complain('flow_study_sample', 'interrupted, nothing was written', 130)

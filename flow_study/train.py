@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.docments import docments
 
 from .config import TrainingConfig, bad_value, unknown_name
-from .console import Parser, complain, setup_logging
+from .console import Parser, complain, setup_logging, spin_briefly
 from .device import choose_gpu, set_seed, verify_gpu
 
 # %% ../nbs/30_train.ipynb #e6c5997f
@@ -158,6 +158,7 @@ def main(
     "Train a velocity network: `flow_study_train`"
     with _exit_on_sigterm():
         args, started = parse_args(argv), time.monotonic()
+        spin_briefly()
         setup_logging()
         try: result = _run(args)
         except KeyboardInterrupt: return complain('flow_study_train', 'interrupted before training began', 130)
@@ -172,6 +173,7 @@ def train_together(
     "Train runs that differ by their seed in one program"
     with _exit_on_sigterm():
         args, started = [parse_args(a) for a in argvs], time.monotonic()
+        spin_briefly()
         setup_logging()
         results = _together(args)
         for r in results: print(_summary(r, time.monotonic() - started) if r['state'] != 'failed' else f"{r['run_dir']} failed: {r['reason']}")
