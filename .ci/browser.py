@@ -33,6 +33,8 @@ FAINT = """(() => {
   }
   return [...found].slice(0, 3)
 })()"""
+# smalldocs notes a change of the theme a moment later, by a class.
+SHOWN = "dark => !document.querySelector('link.quarto-color-alternate') || document.documentElement.classList.contains('quarto-dark') == dark"
 OVERFULL = 'Math.max(0, document.documentElement.scrollWidth - window.innerWidth)'
 
 
@@ -96,8 +98,7 @@ def open_pages(folder, browser, pictures=None):
             if page.locator('.katex-error').count(): found.append('a formula that KaTeX does not understand')
             found += [f'markup shown as it is written: {text}' for text in page.evaluate(RAW)]
             for scheme in ('dark', 'light'):
-                page.emulate_media(color_scheme=scheme)
-                page.wait_for_timeout(100) # the theme is read again after 50 ms
+                switch(page, scheme)
                 found += [f'hard to read in the {scheme} theme: {text}' for text in page.evaluate(FAINT)]
             problems += [f'{name}: {line}' for line in dict.fromkeys(found)]
             found.clear()
@@ -105,14 +106,19 @@ def open_pages(folder, browser, pictures=None):
     return problems
 
 
+def switch(page, scheme):
+    "Show the page in the light or the dark theme"
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_function(SHOWN, arg=scheme == 'dark')
+
+
 def photograph(page, folder, name):
     "The whole page, light and dark"
     folder.mkdir(parents=True, exist_ok=True)
     for scheme in ('light', 'dark'):
-        page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(200) # the theme is read again after 50 ms
+        switch(page, scheme)
         page.screenshot(path=folder/f"{name.replace('/', '-')[:-5]}-{scheme}.png", full_page=True)
-    page.emulate_media(color_scheme='light')
+    switch(page, 'light')
 
 
 def main(argv=None):

@@ -5,8 +5,32 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/37_pages.ipynb #6abd504e
-import re
+# %% ../nbs/37_pages.ipynb #b8386d73
+import importlib, inspect, re
+
+# %% ../nbs/37_pages.ipynb #ac6d7196
+def _exported(sym):
+    "The class of this name in the exported module, where the notebook's own has no file"
+    from nbdev.doclinks import NbdevLookup # of a developer's installation
+    found = NbdevLookup()[sym.__name__] if inspect.isclass(sym) and sym.__module__ == '__main__' else None
+    return getattr(importlib.import_module(found[1].removesuffix('.py').replace('/', '.')), sym.__name__) if found else sym
+
+def _fields(sym):
+    "The fields of a named tuple, a line each, as they stand in its source"
+    lines = [re.sub(r'\s*# ', ', # ', line, count=1) for line in re.findall(r'^ +\w+: ?\S.*$', inspect.getsource(sym), flags=re.M)]
+    return '\n'.join([f'class {sym.__name__}(', *lines, '):'])
+
+def describe(
+    sym, # What is described
+    name:str=None, # What to call it; by default its own name
+    title_level:int=3, # Of its heading
+):
+    "As nbdev describes it, with the comments of fields"
+    from nbdev.showdoc import BasicMarkdownRenderer
+    sym = _exported(sym)
+    shown = BasicMarkdownRenderer(sym, name=name, title_level=title_level)
+    if issubclass(sym if inspect.isclass(sym) else object, tuple) and hasattr(sym, '_fields'): shown.dm = _fields(sym)
+    return shown
 
 # %% ../nbs/37_pages.ipynb #0fb14949
 _FENCED = re.compile(r'^```.*?^```', flags=re.M | re.S)
