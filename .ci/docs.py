@@ -114,11 +114,12 @@ def target_of(link, page, site_url):
 
 
 def broken_links(out, pages, site_url):
-    "A line for each link, picture or anchor within the site that leads nowhere"
+    "A line for each link, picture or anchor within the site that leads nowhere, and for each line of source that was not found"
     problems = []
     for name, page in pages.items():
         for link in page.links:
             target = target_of(link, name, site_url)
+            if link.endswith('#LNone'): problems.append(f'{name}: {link}: no such line') # what nbdev writes where it did not find one
             if target is None: continue
             path, anchor = target
             if not (out/path).is_file(): problems.append(f'{name}: {link}: no such file')

@@ -29,6 +29,7 @@ def describe(
     from nbdev.showdoc import BasicMarkdownRenderer
     sym = _exported(sym)
     shown = BasicMarkdownRenderer(sym, name=name, title_level=title_level)
+    if inspect.isclass(sym): shown.fn = sym.__qualname__ # by which nbdev finds the line of its source
     if issubclass(sym if inspect.isclass(sym) else object, tuple) and hasattr(sym, '_fields'): shown.dm = _fields(sym)
     return shown
 
