@@ -35,26 +35,42 @@ def jobs(n, folder, epochs, first=0):
     return [Job(config(s).to_dict(), EVALUATION, options=OPTIONS) for s in range(first, first + n)]
 
 
-def processor_seconds():
-    "Of this process and all below it, those that have ended and were waited for included"
-    stats = {}
-    for p in Path('/proc').iterdir():
-        if not p.name.isdecimal(): continue
-        try: stats[int(p.name)] = (p/'stat').read_text().rpartition(')')[2].split()
-        except OSError: pass
-    below = {os.getpid()}
-    while new := {p for p, s in stats.items() if int(s[1]) in below} - below: below |= new
-    return sum(sum(map(int, stats[p][11:15])) for p in below)/TICKS
+class Processor:
+    """Seconds used by this process and all below it since it was made. A process that has ended is known by when it was last looked at; what it used
+    after that is in the children's time of its parent, if that has waited for it (the raylets of Ray do not wait for their workers, fork servers wait for their runs)"""
+    def __init__(self):
+        self.seen = {} # (number, start) to parent, own time, time of children waited for
+        self.begun = self.look()
+
+    def look(self):
+        stats = {}
+        for p in Path('/proc').iterdir():
+            if not p.name.isdecimal(): continue
+            try: stats[int(p.name)] = (p/'stat').read_text().rpartition(')')[2].split()
+            except OSError: pass
+        below, key = {os.getpid()}, lambda p: (p, stats[p][19])
+        while new := {p for p, s in stats.items() if int(s[1]) in below} - below: below |= new
+        now = {key(p): (int(stats[p][1]), sum(map(int, stats[p][11:13])), sum(map(int, stats[p][13:15]))) for p in below}
+        self.seen |= now
+        counted = Counter() # of those that have ended, by parent
+        for k, (parent, own, children) in self.seen.items():
+            if k not in now: counted[parent] += own + children
+        return sum(own + max(0, children - counted[k[0]]) for k, (_, own, children) in self.seen.items())/TICKS
+
+    def seconds(self): return self.look() - self.begun
 
 
 def measured(engine, slots, batch):
     "Seconds for a batch of jobs, and what is over"
-    begun, cpu = time.monotonic(), processor_seconds()
+    begun, processor, looked = time.monotonic(), Processor(), 0.
     codes = Counter()
     for event in engine.execute(batch):
+        if time.monotonic() > looked + 0.5:
+            processor.look()
+            looked = time.monotonic()
         if event is None: continue
         codes[event[1]] += 1
-        wall, used = time.monotonic() - begun, processor_seconds() - cpu # the workers end with the call
+        wall, used = time.monotonic() - begun, processor.seconds() # the workers end with the call
     assert codes == {0: len(batch)}, codes
     own = [read_status(j.run_dir)['elapsed_seconds'] for j in batch]
     return dict(runs=len(batch), slots=slots, wall_seconds=round(wall, 2), training_seconds=round(sum(own)/len(own), 3), slot_seconds_a_run=round(slots*wall/len(batch), 3),

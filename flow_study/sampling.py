@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid', 'CountedVelocity',
-           'SolverError', 'Solution', 'solve', 'guided', 'cfg_zero_star', 'conditioned', 'divergence', 'LogLikelihood',
-           'log_likelihood', 'sample', 'Neighbour', 'nearest_texts', 'make_pairs']
+__all__ = ['COMPILE_CALLS', 'euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid',
+           'CountedVelocity', 'SolverError', 'Solution', 'solve', 'CompiledStep', 'guided', 'cfg_zero_star',
+           'conditioned', 'divergence', 'LogLikelihood', 'log_likelihood', 'sample', 'Neighbour', 'nearest_texts',
+           'make_pairs']
 
 # %% ../nbs/22_sampling.ipynb #e792ad0a
-import argparse, io, logging, math
+import argparse, io, logging, math, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from fastcore.basics import patch
 
 from .config import bad_value, unknown_name
 from .console import Parser, complain, setup_logging, spin_briefly
@@ -31,7 +34,11 @@ def euler_step(
     s, # Where it ends
 ): # (n, d) at time `s`
     "Euler's method: order 1, 1 evaluation a step"
-    return x.add(v(x, t), alpha=s - t)
+    return _plus(x, s - t, v(x, t))
+
+def _plus(x, h, v):
+    "x + hv, for a number `h` in one pass over memory; a compiler, for which it is a tensor, sees to that itself"
+    return x.add(v, alpha=h) if isinstance(h, (int, float)) else x + h*v
 
 def midpoint_step(
     v, # Velocity, a function of x and t
@@ -41,7 +48,7 @@ def midpoint_step(
 ): # (n, d) at time `s`
     "Explicit midpoint rule: order 2, 2 evaluations a step; also called modified Euler, or RK2"
     h = s - t
-    return x.add(v(x.add(v(x, t), alpha=h/2), t + h/2), alpha=h)
+    return _plus(x, h, v(_plus(x, h/2, v(x, t)), t + h/2))
 
 def heun_step(
     v, # Velocity, a function of x and t
@@ -51,9 +58,9 @@ def heun_step(
 ): # (n, d) at time `s`
     "Heun's method: order 2, 2 evaluations a step; also explicit trapezoidal rule, improved Euler, `heun2` in torchdiffeq"
     h, a = s - t, v(x, t)
-    return x.add(a + v(x.add(a, alpha=h), s), alpha=h/2)  # with `alpha` a multiple is added in one pass over memory
+    return _plus(x, h/2, a + v(_plus(x, h, a), s))
 
-# %% ../nbs/22_sampling.ipynb #fd893895
+# %% ../nbs/22_sampling.ipynb #35a4a716
 def rk4_step(
     v, # Velocity, a function of x and t
     x, # (n, d) at time `t`
@@ -63,10 +70,10 @@ def rk4_step(
     "Kutta's 3/8 rule: order 4, 4 evaluations a step; `rk4` in torchdiffeq"
     h = s - t
     a = v(x, t)
-    b = v(x.add(a, alpha=h/3), t + h/3)
-    c = v(x.add(b.sub(a, alpha=1/3), alpha=h), t + 2*h/3)
-    d = v(x.add(a - b + c, alpha=h), s)
-    return x.add((a + d).add(b + c, alpha=3), alpha=h/8)
+    b = v(_plus(x, h/3, a), t + h/3)
+    c = v(_plus(x, h, b.sub(a, alpha=1/3)), t + 2*h/3)
+    d = v(_plus(x, h, a - b + c), s)
+    return _plus(x, h/8, (a + d).add(b + c, alpha=3))
 
 _steps = dict(euler=euler_step, midpoint=midpoint_step, heun=heun_step, rk4=rk4_step)
 
@@ -156,6 +163,7 @@ def solve(
     rtol:float=None, # For `dopri5`: tolerated error relative to x, by default 1e-5
     atol:float=None, # For `dopri5`: tolerated error beside that, by default 1e-5
     max_steps:int=10_000, # For `dopri5`: steps from one time to the next before it gives up
+    step=None, # A `CompiledStep` of this velocity and method
 )->Solution:
     "Follow the flow from `x0` through `times`; raises `SolverError` where it meets a number that is not finite"
     times, v = _checked_times(times), CountedVelocity(velocity)
@@ -165,7 +173,7 @@ def solve(
     if method == 'dopri5':
         states = _dopri5(v, x0, times if trajectory else [times[0], times[-1]], *hooks, _tolerance('rtol', rtol), _tolerance('atol', atol), max_steps)
     elif rtol is not None or atol is not None: raise bad_value('rtol', rtol, f'no tolerance for {method}', 'Only dopri5 adapts its steps')
-    else: states = _fixed(v, x0, times, _steps[method], *hooks, _Watch(times, method), trajectory)
+    else: states = _fixed(v, x0, times, step or _steps[method], *hooks, _Watch(times, method), trajectory)
     return Solution(states[-1], v.nfe, _stack(states) if trajectory else None)
 
 # %% ../nbs/22_sampling.ipynb #ee7aa831
@@ -184,6 +192,46 @@ def _stack(states):
     "The states as one tensor"
     import torch
     return torch.stack(list(states))
+
+# %% ../nbs/22_sampling.ipynb #cde90880
+COMPILE_CALLS = 3_000 # Calls of a network, each with a whole batch, before compiling has paid on a CPU
+
+class CompiledStep:
+    "A step of a fixed-step solver, the velocity in it, compiled for the shape of the first batch; later changes of weights are not seen"
+    def __init__(self,
+        velocity, # Function of x (n, d) and t ()
+        method:str, # `euler`, `midpoint`, `heun` or `rk4`
+        must:bool=False, # Raise where it cannot be compiled, instead of going on without
+    ):
+        if method not in _steps: raise unknown_name('method', method, list(_steps))
+        self.velocity, self.plain, self.must = velocity, _steps[method], must
+        self.calls = dict(euler=1, midpoint=2, heun=2, rk4=4)[method]
+        self.shape, self.call = None, None # Of the first batch; None where it could not be compiled
+
+    def __call__(self, v, x, t, s): # `v` counts
+        "The state at time `s`; batches of another shape are stepped plainly"
+        import torch
+        if self.shape is None: self._compile(x, t, s)
+        if self.call is None or x.shape != self.shape: return self.plain(v, x, t, s)
+        v.nfe += self.calls
+        return self.call(x, *(torch.tensor(time, dtype=torch.float64) for time in (t, s)))
+
+# %% ../nbs/22_sampling.ipynb #b38ce5a6
+@patch
+def _compile(self:CompiledStep, x, t, s):
+    "Compile for batches like `x`, and see that the result is that of the plain step"
+    import torch
+    def field(x, t): return self.velocity(x, t.to(x.dtype))
+    self.shape = x.shape
+    try:
+        call = torch.compile(lambda x, t, s: self.plain(field, x, t, s), dynamic=False, fullgraph=True, options=dict(freezing=x.device.type == 'cpu'))
+        got = call(x, *(torch.tensor(time, dtype=torch.float64) for time in (t, s)))
+    except Exception as e:
+        if self.must: raise RuntimeError(f'sampling cannot be compiled (`compile="off"` does without): {e}') from e
+        return _logger.info('sampling is not compiled: %s', str(e).partition('\n')[0])
+    expected = self.plain(CountedVelocity(self.velocity), x, t, s)
+    if torch.allclose(got, expected, rtol=1e-3, atol=1e-3*float(expected.abs().mean())): self.call = call
+    else: _logger.warning('sampling is not compiled: the compiled step differs by %.1e', float((got - expected).abs().max()))
 
 # %% ../nbs/22_sampling.ipynb #114f4795
 def _tolerance(name, value):
@@ -440,7 +488,27 @@ def _grid(method, steps, times):
     return uniform_grid(1 if method == 'dopri5' else 50 if steps is None else steps)
 
 # %% ../nbs/22_sampling.ipynb #23774c02
-def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, **solver):
+def _compiled(velocity, method, steps, batches, compile, device):
+    "A compiled step where it is asked for, or will pay: on a CPU, for a plain network"
+    if compile not in ('auto', 'on', 'off'): raise bad_value('compile', compile, "'auto', 'on' or 'off'")
+    if method not in _steps:
+        if compile == 'on': raise bad_value('compile', compile, f"'off' or 'auto' with {method}", f"Only {', '.join(_steps)} have steps to compile")
+        return None
+    if device is None: return CompiledStep(velocity, method, must=True) if compile == 'on' else None
+    step = _kept_step(velocity, method, must=compile == 'on')
+    pays = device.type == 'cpu' and steps*batches*step.calls >= COMPILE_CALLS and shutil.which(os.environ.get('CXX', 'g++'))
+    return step if compile == 'on' or compile == 'auto' and pays else None
+
+_kept = [None, None] # One step, and the network, method and weights that it is for
+
+def _kept_step(network, method, must):
+    "The step of before, where it is one of this very network; its weights count their changes"
+    weights = [(x.data_ptr(), x._version) for x in (*network.parameters(), *network.buffers())] if hasattr(network, 'buffers') else None
+    if weights is None or _kept[1] != (id(network), method, weights): _kept[:] = CompiledStep(network, method, must), (id(network), method, weights)
+    return _kept[0]
+
+# %% ../nbs/22_sampling.ipynb #0e8015e3
+def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, compile='auto', **solver):
     "Batches of source rows and of where the flow takes them, (b, d) both, normalised, on the CPU"
     import torch
     if batch is None: batch = 256 if device.type == 'cpu' else 1024
@@ -448,6 +516,7 @@ def _flowed(model, device, n, stream, method='heun', steps=None, times=None, see
         if type(value) is not int or value < 1: raise bad_value(name, value, 'a whole number, at least 1')
     times, (flow, d) = _grid(method, steps, times), _described(model, flow)
     velocity = model if wrap is None else wrap(model)
+    solver |= dict(step=_compiled(velocity, method, len(times) - 1, n//batch, compile, device if wrap is None else None))
     for lo in range(0, n, batch):
         hi = min(lo + batch, n)
         x0 = _source_rows(flow, d, lo, hi, seed, stream)
@@ -480,6 +549,7 @@ def sample(
     wrap=None, # Makes a velocity of the network's, for guidance
     cond=None, # A label or a vector, for a network that is conditioned
     guidance:float=1., # Scale of `cfg_zero_star`, with `cond`
+    compile:str='auto', # `on`, `off`, or `auto`: on a CPU for some thousand steps of batches
     **solver # For `solve`, such as `rtol`
 )->torch.Tensor: # (n, d) float32 on the CPU, in the data's own units
     "Samples of a trained flow; raises `SolverError` rather than give one that is not finite"
@@ -489,7 +559,7 @@ def sample(
     elif guidance != 1: raise bad_value('guidance', guidance, '1 without a condition', 'Give `cond`')
     model, device = _loaded(checkpoint, device)
     flow, _ = _described(model, flow)
-    x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, **solver)])
+    x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, compile, **solver)])
     x = torch.cat([flow.restore(b, keyed_generator(seed, 'sample/length', k)) for k, b in enumerate(x.split(256))])  # directions get a length
     if normalized: return x
     if getattr(model, 'stats', None) is None: raise bad_value('normalized', False, 'True, since the checkpoint holds no statistics to go back with')
@@ -563,6 +633,7 @@ def _parser():
     p.add_argument('--tolerance', type=float, metavar='E', help='error that dopri5 tolerates (default 1e-5)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='decides the source points (default %(default)s)')
     p.add_argument('--batch', type=int, metavar='N', help='samples solved at a time (default 256 on a CPU, else 1024)')
+    p.add_argument('--compile', default='auto', choices=('auto', 'on', 'off'), help='compile the steps of the solver (default: on a CPU, where it pays)')
     p.add_argument('--out', metavar='FILE', help='write the samples to FILE.npy or FILE.pt')
     p.add_argument('--nearest', type=int, nargs='?', const=5, metavar='K', help='print the nearest training texts of the first K samples (5)')
     p.add_argument('--pairs', metavar='FILE', help='write pairs for reflow to FILE instead')
@@ -588,7 +659,7 @@ def _check_arguments(args):
 
 def _solver_options(args):
     "The keyword arguments of `sample` that the arguments stand for"
-    kw = dict(method=args.method, steps=args.steps, seed=args.seed, batch=args.batch)
+    kw = dict(method=args.method, steps=args.steps, seed=args.seed, batch=args.batch, compile=args.compile)
     if args.label is not None: kw |= dict(cond=args.label, guidance=args.guidance)
     if args.shift is not None: kw |= dict(steps=None, times=shifted_grid(50 if args.steps is None else args.steps, args.shift))
     if args.tolerance is not None: kw |= dict(rtol=args.tolerance, atol=args.tolerance)

@@ -19,7 +19,7 @@ from flow_study.ema import EMAModel
 from flow_study.models import VelocityMLP, create_model, keyed_init
 from flow_study.paths import linear, trigonometric
 from flow_study.paths import load_pairs
-from flow_study.sampling import (CountedVelocity, SolverError, cfg_zero_star, guided, log_likelihood, main, make_pairs, nearest_texts,
+from flow_study.sampling import (CompiledStep, CountedVelocity, SolverError, cfg_zero_star, guided, log_likelihood, main, make_pairs, nearest_texts,
                                  sample, shifted_grid, solve, uniform_grid)
 
 FIXED = dict(euler=('euler', 1), midpoint=('midpoint', 2), heun=('heun2', 2), rk4=('rk4', 4)) # torchdiffeq's name, evaluations a step
@@ -371,3 +371,42 @@ def test_script_on_a_run_that_was_trained(train_main, capsys):
     assert call(run, '--out', 'y.pt', '--steps', 0)[0] == 2 and call('other', '--out', 'y.pt')[0] == 2
     from pathlib import Path
     assert not Path('y.pt').exists()
+
+
+# --- compiled steps
+
+@pytest.mark.parametrize('method', ['heun', 'rk4'])
+def test_a_compiled_step_is_the_plain_one(saved, method):
+    model = load_model(saved)
+    x = sample(model, 70, method, steps=5, batch=32, compile='off')
+    assert (sample(model, 70, method, steps=5, batch=32, compile='on') - x).abs().max() < 1e-4*x.abs().max()
+
+
+def test_when_a_step_is_compiled(saved, monkeypatch):
+    "For so many calls in whole batches; once for a network, until its weights change"
+    compiled = []
+    monkeypatch.setattr(CompiledStep, '_compile', lambda self, x, t, s: (compiled.append(tuple(x.shape)), setattr(self, 'shape', x.shape)))
+    model, few = load_model(saved), dict(steps=15, batch=10)
+    monkeypatch.setattr('flow_study.sampling.COMPILE_CALLS', 3*15*2)
+    sample(model, 29, **few)
+    assert compiled == []
+    sample(model, 30, **few), sample(model, 39, **few)
+    assert compiled == [(10, 6)]
+    sample(model, 30, compile='off', **few), sample(model, 30, wrap=lambda v: lambda x, t: v(x, t), **few)
+    assert len(compiled) == 1
+    with torch.no_grad(): next(model.parameters()).mul_(2)
+    sample(model, 30, **few)
+    assert len(compiled) == 2
+    with pytest.raises(ValueError, match="'auto', 'on' or 'off'"): sample(model, 3, compile=True)
+    with pytest.raises(ValueError, match='have steps to compile'): sample(model, 3, 'dopri5', compile='on')
+
+
+def test_a_step_that_cannot_be_compiled(saved, monkeypatch, caplog):
+    "Only who asks for it is told by an error"
+    def refuse(*args, **kwargs): raise OSError('no compiler')
+    monkeypatch.setattr(torch, 'compile', refuse)
+    monkeypatch.setattr('flow_study.sampling.COMPILE_CALLS', 1)
+    model = load_model(saved)
+    with pytest.raises(RuntimeError, match='no compiler'): sample(model, 5, steps=2, batch=5, compile='on')
+    with torch.no_grad(): next(model.parameters()).mul_(1)
+    assert sample(model, 5, steps=2, batch=5).equal(sample(model, 5, steps=2, batch=5, compile='off'))
