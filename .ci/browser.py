@@ -1,6 +1,7 @@
 """Open every page in a headless Chromium and note what a reader would stumble over: `python .ci/browser.py FOLDER [--pictures FOLDER]`.
 
-Noted are errors in the console, requests that leave the site, files that are missing and pictures that do not show. With
+Noted are errors in the console, requests that leave the site, files that are missing, pictures that do not show, formulas and
+markup that are shown as they were written, and text that is hard to read on its ground, in either theme. With
 `--pictures` each page is also photographed in the light and the dark theme, for people to look at.
 """
 import argparse, contextlib, functools, shutil, sys, threading
@@ -11,6 +12,29 @@ NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
 # What Chromium would do by itself on a fresh profile is switched off, so that every request is one of the page.
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
 HIDDEN = '[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 100))'
+# What is left of Markdown in the text of a page, outside of code and formulas: a link, bold type, code, a formula, a fence, a tag.
+RAW = r"""(() => {
+  const main = document.querySelector('main')?.cloneNode(true)
+  main?.querySelectorAll('pre, code, svg, script, style, .katex').forEach(e => e.remove())
+  const text = main?.textContent ?? ''
+  return [/\]\(\S+\)/, /\*\*\S.*?\*\*/, /`[^`\n]+`/, /\$\S[^$\n]*\$/, /^:::.*/m, /<\/?[a-z]+>/].map(r => text.match(r)?.[0]).filter(Boolean)
+})()"""
+# The pieces of text whose contrast (WCAG 2, relative luminance) is below 3, with the ground of the nearest ancestor that has an opaque one.
+FAINT = """(() => {
+  const numbers = c => (c.match(/[\\d.]+/g) ?? [0, 0, 0, 0]).map(Number)
+  const light = c => c.slice(0, 3).map(v => v/255).map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((s, v, i) => s + v*[.2126, .7152, .0722][i], 0)
+  const ground = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if (c.length == 3 || c[3] == 1) return c } return [255, 255, 255] }
+  const found = new Set(), walk = document.createTreeWalker(document.querySelector('main') ?? document.body, NodeFilter.SHOW_TEXT)
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, s = walk.currentNode.data.trim()
+    if (!s || !e.checkVisibility() || e.closest('svg, .code-copy-button, .anchorjs-link, script, style')) continue
+    const [a, b] = [light(numbers(getComputedStyle(e).color)), light(ground(e))].sort((a, b) => b - a)
+    if ((a + .05)/(b + .05) < 3) found.add(e.tagName.toLowerCase() + ' ' + JSON.stringify(s.slice(0, 40)))
+  }
+  return [...found].slice(0, 3)
+})()"""
+# smalldocs notes a change of the theme a moment later, by a class.
+SHOWN = "dark => !document.querySelector('link.quarto-color-alternate') || document.documentElement.classList.contains('quarto-dark') == dark"
 OVERFULL = 'Math.max(0, document.documentElement.scrollWidth - window.innerWidth)'
 
 
@@ -72,20 +96,29 @@ def open_pages(folder, browser, pictures=None):
             found += [f'picture does not show: {src}' for src in page.evaluate(HIDDEN)]
             if page.evaluate(OVERFULL): found.append('wider than the window')
             if page.locator('.katex-error').count(): found.append('a formula that KaTeX does not understand')
+            found += [f'markup shown as it is written: {text}' for text in page.evaluate(RAW)]
+            for scheme in ('dark', 'light'):
+                switch(page, scheme)
+                found += [f'hard to read in the {scheme} theme: {text}' for text in page.evaluate(FAINT)]
             problems += [f'{name}: {line}' for line in dict.fromkeys(found)]
             found.clear()
             if pictures: photograph(page, Path(pictures), name)
     return problems
 
 
+def switch(page, scheme):
+    "Show the page in the light or the dark theme"
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_function(SHOWN, arg=scheme == 'dark')
+
+
 def photograph(page, folder, name):
     "The whole page, light and dark"
     folder.mkdir(parents=True, exist_ok=True)
     for scheme in ('light', 'dark'):
-        page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(200) # the theme is read again after 50 ms
+        switch(page, scheme)
         page.screenshot(path=folder/f"{name.replace('/', '-')[:-5]}-{scheme}.png", full_page=True)
-    page.emulate_media(color_scheme='light')
+    switch(page, 'light')
 
 
 def main(argv=None):

@@ -69,23 +69,30 @@ def draw_formulas_from(folder, out):
 
 
 class Page(HTMLParser):
-    "What one page offers (`ids`) and what it asks for (`links`)"
+    "What one page offers (`ids`), what it asks for (`links`) and what it shows as it is written (`code`)"
     def __init__(self, path):
         super().__init__()
-        self.ids, self.twice, self.links, self._drawing = set(), [], [], 0
+        self.ids, self.twice, self.links, self.code, self._drawing, self._written = set(), [], [], '', 0, 0
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attrs):
         "Note the anchors and the addresses of one tag; drawings name their parts, and several may do it alike"
         self._drawing += tag == 'svg'
+        self._written += tag == 'pre'
         for name, value in attrs:
             if name == 'id' and value in self.ids and not self._drawing: self.twice.append(value)
             if name == 'id' or (tag == 'a' and name == 'name'): self.ids.add(value)
             if name in ('href', 'src') and value: self.links.append(value)
 
     def handle_endtag(self, tag):
-        "Note where a drawing ends"
+        "Note where a drawing or a block of code ends"
         self._drawing -= tag == 'svg'
+        self._written -= tag == 'pre'
+        if tag == 'pre': self.code += '\n'
+
+    def handle_data(self, data):
+        "Keep the text of code"
+        if self._written: self.code += data
 
 
 def missing_pages(notebooks, pages):
@@ -107,11 +114,12 @@ def target_of(link, page, site_url):
 
 
 def broken_links(out, pages, site_url):
-    "A line for each link, picture or anchor within the site that leads nowhere"
+    "A line for each link, picture or anchor within the site that leads nowhere, and for each line of source that was not found"
     problems = []
     for name, page in pages.items():
         for link in page.links:
             target = target_of(link, name, site_url)
+            if link.endswith('#LNone'): problems.append(f'{name}: {link}: no such line') # what nbdev writes where it did not find one
             if target is None: continue
             path, anchor = target
             if not (out/path).is_file(): problems.append(f'{name}: {link}: no such file')
@@ -122,6 +130,12 @@ def broken_links(out, pages, site_url):
 def stolen_anchors(pages):
     "A line for each anchor that a page has twice: links to the second one, often a symbol's, lead to the first"
     return [f'{name}: #{anchor} is there twice' for name, page in pages.items() for anchor in page.twice]
+
+
+def links_in_code(pages, site_url):
+    "A line for each link to a symbol that became part of a block of code, where it is shown as it is written"
+    found = re.compile(rf'\[`[^`]+`\]\({re.escape(site_url)}\S*\)')
+    return [f'{name}: link in code: {link}' for name, page in pages.items() for link in dict.fromkeys(found.findall(page.code))]
 
 
 def site_url(root):
@@ -145,7 +159,8 @@ def main(argv=None):
     render(process(root), out)
     if args.katex.is_dir(): draw_formulas_from(args.katex, out)
     pages = {path.relative_to(out).as_posix(): Page(path) for path in sorted(out.rglob('*.html'))}
-    problems = [*missing_pages(sorted((root/'nbs').glob('[!_]*.ipynb')), pages), *broken_links(out, pages, site_url(root)), *stolen_anchors(pages)]
+    problems = [*missing_pages(sorted((root/'nbs').glob('[!_]*.ipynb')), pages), *broken_links(out, pages, site_url(root)), *stolen_anchors(pages),
+                *links_in_code(pages, site_url(root))]
     problems += in_browser(out, args)
     for problem in problems: print(problem)
     print(f'{len(pages)} pages, {len(problems)} problems')

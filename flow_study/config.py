@@ -214,7 +214,9 @@ def from_dict(cls:TrainingConfig,
 
 # %% ../nbs/00_config.ipynb #3f4a0cd1
 @patch
-def diff(self:TrainingConfig, other:TrainingConfig)->dict: # `{field: (mine, theirs)}`
+def diff(self:TrainingConfig,
+    other:TrainingConfig, # To compare with
+)->dict: # `{field: (mine, theirs)}`
     "The fields in which two configs differ"
     mine, theirs = self.to_dict(), other.to_dict()
     return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}

@@ -119,18 +119,24 @@ def fit(cls:NormalizationStats,
 
 # %% ../nbs/04_data.ipynb #0e6b5b20
 @patch
-def normalize(self:NormalizationStats, x:torch.Tensor)->torch.Tensor: # (..., d), mean 0 and standard deviation 1
+def normalize(self:NormalizationStats,
+    x:torch.Tensor, # (..., d), in the data's own units
+)->torch.Tensor: # (..., d), mean 0 and standard deviation 1
     "From the data's own units to normalised ones"
     return (x - self.mean.to(x)).div_(self.std.to(x))
 
 @patch
-def denormalize(self:NormalizationStats, x:torch.Tensor)->torch.Tensor: # (..., d), in the data's own units
+def denormalize(self:NormalizationStats,
+    x:torch.Tensor, # (..., d), normalised
+)->torch.Tensor: # (..., d), in the data's own units
     "From normalised units back to the data's own"
     return (x*self.std.to(x)).add_(self.mean.to(x))
 
 # %% ../nbs/04_data.ipynb #1c75ba3d
 @patch
-def same_as(self:NormalizationStats, other:NormalizationStats)->bool:
+def same_as(self:NormalizationStats,
+    other:NormalizationStats, # To compare with
+)->bool:
     "Whether every value of mean and standard deviation is equal"
     return torch.equal(self.mean, other.mean) and torch.equal(self.std, other.std)
 
@@ -140,7 +146,9 @@ def state_dict(self:NormalizationStats)->dict:
     return dict(mean=self.mean, std=self.std, n_samples=self.n_samples, source=self.source)
 
 @patch
-def save(self:NormalizationStats, path)->Path:
+def save(self:NormalizationStats,
+    path, # Where to; a file that is there is replaced
+)->Path:
     "Publish as a `.pt` file"
     return save_plain(path, self.state_dict())
 
@@ -443,7 +451,9 @@ def block_order(
 
 # %% ../nbs/04_data.ipynb #78cab50b
 @patch
-def order(self:KeyedLoader, epoch:int)->tuple: # A tensor of row numbers for each batch
+def order(self:KeyedLoader,
+    epoch:int, # From 0
+)->tuple: # A tensor of row numbers for each batch
     "Which rows are in which batch of an epoch"
     n, generator = len(self.dataset), keyed_generator(self.seed, 'order', epoch)
     if not self.shuffle: rows = torch.arange(n)

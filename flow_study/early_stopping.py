@@ -50,6 +50,8 @@ def state_dict(self:EarlyStopping)->dict:
     return dict(best_loss=self.best_loss, counter=self.counter)
 
 @patch
-def load_state_dict(self:EarlyStopping, state:dict):
+def load_state_dict(self:EarlyStopping,
+    state:dict, # From `state_dict`
+):
     "Go on from a state"
     self.best_loss, self.counter = float(state['best_loss']), int(state['counter'])

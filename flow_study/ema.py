@@ -82,14 +82,18 @@ class EMAModel:
 
 # %% ../nbs/18_ema.ipynb #430ac4e1
 @patch
-def apply(self:EMAModel, model:nn.Module):
+def apply(self:EMAModel,
+    model:nn.Module, # That whose average this is
+):
     "Let the model's parameters look at the average; their own memory is kept for `restore`"
     if self._backup is not None: raise RuntimeError('the average is applied already: call restore(model) first')
     self._backup = [p.data for p in model.parameters()]
     for p, average in zip(model.parameters(), self.params.values(), strict=True): p.data = average
 
 @patch
-def restore(self:EMAModel, model:nn.Module):
+def restore(self:EMAModel,
+    model:nn.Module, # That to which the average was applied
+):
     "Let the model's parameters look at their own memory again"
     if self._backup is None: raise RuntimeError('nothing to restore: call apply(model) first')
     for p, own in zip(model.parameters(), self._backup, strict=True): p.data = own
@@ -97,7 +101,9 @@ def restore(self:EMAModel, model:nn.Module):
 
 @patch
 @contextmanager
-def applied(self:EMAModel, model:nn.Module):
+def applied(self:EMAModel,
+    model:nn.Module, # That whose average this is
+):
     "Within the block the model has the averaged weights"
     self.apply(model)
     try: yield model
@@ -111,7 +117,9 @@ def state_dict(self:EMAModel)->dict:
 
 @patch
 @torch.no_grad()
-def load_state_dict(self:EMAModel, state:dict):
+def load_state_dict(self:EMAModel,
+    state:dict, # From `state_dict`
+):
     "Go on from a state; raises `ValueError` when it belongs to another network"
     for kind in ('params', 'buffers'):
         mine, theirs = getattr(self, kind), state[kind]

@@ -229,7 +229,9 @@ def _cores():
 
 # %% ../nbs/32_engines.ipynb #c1b889c2
 @patch
-def execute(self:LocalEngine, jobs):
+def execute(self:LocalEngine,
+    jobs:list, # Of `Job`
+):
     "Carry out jobs, as many at once as there are slots"
     context, queue, free, running = _context(self.threads), deque(self._groups(jobs)), deque(range(self.slots)), {}
     try:

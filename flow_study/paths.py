@@ -173,7 +173,11 @@ def draw(self:Flow,
     return Draws(x0, self.margin + (1 - 2*self.margin)*t if self.margin else t, eps, new)
 
 @patch
-def couple(self:Flow, x0, x1, generator): # (b, d): row i goes with row i of `x1`
+def couple(self:Flow,
+    x0:torch.Tensor, # (b, d) source
+    x1:torch.Tensor, # (b, d) data
+    generator, # Of the coupling, where it draws
+)->torch.Tensor: # (b, d): row i goes with row i of `x1`
     "Apply the coupling; one that draws gets the generator"
     return self.coupling(x0, x1, generator) if getattr(self.coupling, 'draws', False) else self.coupling(x0, x1)
 
@@ -187,13 +191,18 @@ def example(self:Flow,
     return self.at(draws.x0, x1 if draws.x1 is None else draws.x1, draws.t, draws.eps)
 
 @patch
-def sample(self:Flow, x1, generator): # `t` (b,), `x_t` and `u_t` (b, d)
+def sample(self:Flow,
+    x1:torch.Tensor, # (b, d) data
+    generator, # Of everything that is drawn
+)->tuple: # `t` (b,), `x_t` and `u_t` (b, d)
     "One training example for each row of `x1`"
     draws = self.draw(x1, generator)
     return draws.t, *self.example(x1, draws)
 
 @patch
-def check(self:Flow, x1):
+def check(self:Flow,
+    x1:torch.Tensor, # (n, d) rows, normalised
+):
     "Raise `DataError` where a row has no place on the flow's manifold"
     if self.project is None: return
     zero = (x1.square().sum(1) == 0).nonzero().flatten().tolist()

@@ -297,7 +297,10 @@ def set_status(self:RunDir,
     publish_json(self.path/'status.json', self.status, durable=False)
 
 @patch
-def write(self:RunDir, name:str, obj):
+def write(self:RunDir,
+    name:str, # Of the file
+    obj, # Plain values
+):
     "Publish a JSON file in the run directory"
     self.check_lock()
     return publish_json(self.path/name, obj)
@@ -396,6 +399,9 @@ def requests(self:RunDir)->list: # Dicts with `id` and `what`, oldest first
     return [r for r in taken if r.get('what') in REQUESTS]
 
 @patch
-def acknowledge(self:RunDir, request:dict, **fields):
+def acknowledge(self:RunDir,
+    request:dict, # As it was read
+    **fields # Of the status, to be set with it
+):
     "Say in `status.json` that a request was carried out"
     self.set_status(acknowledged={**request, 'time': time.time()}, **fields)

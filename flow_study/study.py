@@ -523,7 +523,9 @@ def tasks(self:Results)->list: # Of dicts
     return list(found.values())
 
 @patch
-def task_name(self:Results, task:dict)->str:
+def task_name(self:Results,
+    task:dict, # One of `tasks`
+)->str:
     "The data set, and its folder where there are several"
     several = len({t['data_dir'] for t in self.tasks()}) > 1
     return f"{Path(task['data_dir']).name} {task['dataset']}" if several else task['dataset']

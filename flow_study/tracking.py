@@ -288,7 +288,9 @@ def _within(seconds, action):
 
 # %% ../nbs/27_tracking.ipynb #2ad90c53
 @patch
-def start(self:WandbTracker, run):
+def start(self:WandbTracker,
+    run:dict, # As for any `Tracker`
+):
     "Open the W&B run of this id, or go on with it"
     mode = wandb_mode(self.mode)
     if mode == 'disabled': return
@@ -328,12 +330,16 @@ def _define(self:WandbTracker):
 
 # %% ../nbs/27_tracking.ipynb #0c8c9ed2
 @patch
-def log(self:WandbTracker, metrics):
+def log(self:WandbTracker,
+    metrics:dict, # Names to numbers
+):
     "One line, against the step of the run"
     if self.run: self._do(lambda: self.run.log({('global_step' if k == 'step' else k): v for k, v in metrics.items()}))
 
 @patch
-def finish(self:WandbTracker, result):
+def finish(self:WandbTracker,
+    result:dict, # As from `FlowTrainer.train`
+):
     "Summary, tags, the best checkpoint as an artifact; then end within the time limit"
     if self.run: self._do(lambda: self._finish(result))
     self.run = None

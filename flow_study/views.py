@@ -177,7 +177,9 @@ class Trace:
     def style(self): return dict(color=colour(self.number), ls=_dashes[self.number//len(COLOURS) % len(_dashes)])
 
 @patch
-def best(self:Trace, x='step')->tuple: # Place and loss; None before the first validation
+def best(self:Trace,
+    x:str='step', # `step`, `epoch` or `time`
+)->tuple: # Place and loss; None before the first validation
     "Where the loss that counts as the best was measured"
     (at, loss), (_, lowest) = self.curves.series('val/loss', x), self.curves.series('val/best_loss', x)
     if not len(lowest): return None

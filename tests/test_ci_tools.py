@@ -1,6 +1,7 @@
 """The tools of `.ci/`, on small real notebooks and pages."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,7 @@ def project(tmp_path, **notebooks):
     (tmp_path/'settings.ini').write_text(settings.replace('custom_sidebar = True', 'custom_sidebar = False'), encoding='utf-8')
     (tmp_path/'nbs').mkdir()
     (tmp_path/'nbs'/'_quarto.yml').write_text((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    shutil.copy(ROOT/'nbs'/'styles.css', tmp_path/'nbs')
     for name, cells in notebooks.items(): write_nb(tmp_path/'nbs'/f'{name}.ipynb', *cells)
     return tmp_path
 
@@ -170,6 +172,27 @@ def test_broken_links_are_found(docs, tmp_path):
     assert docs.broken_links(tmp_path, pages, 'https://s.io/fs') == [
         'a.html: b.html#nowhere: no such anchor', 'a.html: no.png: no such file',
         'b.html: #gone: no such anchor', 'b.html: c.html: no such file']
+
+
+def test_links_in_code_are_found(docs, tmp_path):
+    link = '[`f`](https://s.io/fs/a.html#f)'
+    (tmp_path/'a.html').write_text(f'<p>{link}</p><pre><code><span>def</span> g(x, # {link}\n y, # [`z`](https://else.org)\n): </code></pre>')
+    assert docs.links_in_code({'a.html': docs.Page(tmp_path/'a.html')}, 'https://s.io/fs') == [f'a.html: link in code: {link}']
+
+
+def test_what_a_reader_would_stumble_over_is_found(ci_tool, tmp_path):
+    tools = ci_tool('browser')
+    pytest.importorskip('playwright', reason="no playwright: `pip install -e '.[browser]'`")
+    if not tools.find_browser(): pytest.skip('no Chromium: `apt-get install chromium`')
+    page = '<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><body style="background:white"><main style="color:black">{}</main>'
+    faults = dict(fine='<p>A <code>[`name`](x)</code> and 5 $</p><pre>**not bold**</pre>', link='<p>[here](there.html)</p>', bold='<p>**yes**</p>', formula='<p>$x_0$</p>',
+                  faint='<p style="color:#ccc">Text</p>', wide='<p style="width:9999px">x</p>', console='<script>console.error("oh")</script>', outward='<img src="http://192.0.2.1/a.png">')
+    for name, body in faults.items(): (tmp_path/f'{name}.html').write_text(page.format(body))
+    with tools.chromium(tools.find_browser()) as browser: found = tools.open_pages(tmp_path, browser)
+    assert [line for line in found if not line.startswith('outward')] == ['bold.html: markup shown as it is written: **yes**', 'console.html: console: oh',
+        'faint.html: hard to read in the dark theme: p "Text"', 'faint.html: hard to read in the light theme: p "Text"', 'formula.html: markup shown as it is written: $x_0$',
+        'link.html: markup shown as it is written: ](there.html)', 'wide.html: wider than the window']
+    assert any('asks the network for http://192.0.2.1/a.png' in line for line in found)
 
 
 def test_missing_pages_are_found(docs):
