@@ -182,11 +182,11 @@ def sample_lines(row, split, samples):
     "What `evaluate` said of the samples of a network"
     if not samples: return []
     lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows (read {max(s['reads'] for s in samples)} times a run), with 95 % intervals; in brackets the shrunk Gaussian's samples, and the floor: real rows.\n",
-             '| seed | loss | gain | energy distance | 1-NN accuracy | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|']
+             '| seed | loss | gain | energy distance | 1-NN accuracy | of real rows less of samples | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|']
     cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) [{m['null']['shrunk_gaussian']['value']:.3f}; {m['floor']:.3f}]"
     for s in samples:
         g = s['run']['paired_gain']
-        cells = [cell(s['samples'][k]) for k in ('energy_distance', 'nn_accuracy', 'coverage', 'memorisation', 'copies')]
+        cells = [cell(s['samples'][k]) for k in ('energy_distance', 'nn_accuracy', 'nn_asymmetry', 'coverage', 'memorisation', 'copies')]
         lines.append(f"| {s['seed']} | {s['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
     return lines
 

@@ -545,7 +545,9 @@ def _said(self:_Courier):
 LOSSES = 3 # Times that a run is handed out again because its worker or node was lost, within one call
 
 @patch
-def execute(self:RayEngine, jobs):
+def execute(self:RayEngine,
+    jobs:list # Of `Job`, in the order in which they begin
+):
     "Carry out jobs, a task for each; yields as every engine does"
     jobs = [replace(j, threads=self.threads, options={**j.options, 'device': self.device, 'gpu': self.gpu.split(',')[0].strip()}) for j in jobs]
     if self.bring_back: [_check_relative(j.config) for j in jobs]
