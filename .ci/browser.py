@@ -35,6 +35,7 @@ FAINT = """(() => {
 })()"""
 # smalldocs notes a change of the theme a moment later, by a class.
 SHOWN = "dark => !document.querySelector('link.quarto-color-alternate') || document.documentElement.classList.contains('quarto-dark') == dark"
+LOADED = "[...document.images].every(i => i.complete) && document.fonts.status == 'loaded'"
 OVERFULL = 'Math.max(0, document.documentElement.scrollWidth - window.innerWidth)'
 
 
@@ -92,7 +93,7 @@ def open_pages(folder, browser, pictures=None):
         for name in sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*.html')):
             page.goto(f'{address}/{name}', wait_until='load')
             page.evaluate('document.querySelectorAll("img[loading=lazy]").forEach(i => i.loading = "eager")')
-            page.wait_for_load_state('networkidle')
+            page.wait_for_function(LOADED) # not 'networkidle', which on a busy machine sometimes never comes
             found += [f'picture does not show: {src}' for src in page.evaluate(HIDDEN)]
             if page.evaluate(OVERFULL): found.append('wider than the window')
             if page.locator('.katex-error').count(): found.append('a formula that KaTeX does not understand')
