@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPILE_STEPS', 'GRAPH_WARMUP', 'make_loss_step', 'NonFiniteError', 'Signals', 'FlowTrainer', 'Latch', 'decay_groups',
-           'PackedAdamW', 'compile_step', 'norm_of', 'CapturedStep', 'write', 'environment', 'Result', 'choose_average']
+           'PackedAdamW', 'compile_step', 'norm_of', 'CapturedStep', 'overwrite', 'environment', 'Result',
+           'choose_average']
 
 # %% ../nbs/28_trainer.ipynb #17287fc8
 import logging, math, os, platform, shutil, signal, sys, threading, time
@@ -483,7 +484,7 @@ class CapturedStep:
 def __call__(self:CapturedStep, jobs): # For each trainer its rows (b, d) and their draws, or the numbers of its rows (b,) and `None`
     "One update of the weights of each trainer"
     for (t, stream), generator in self.generators.items(): generator.manual_seed(draw_key(t.config.seed, stream, t.global_step))
-    write(self.rates, [self._rates_of(t) for t in self.trainers])
+    overwrite(self.rates, [self._rates_of(t) for t in self.trainers])
     if self.by_number and jobs[0][0].ndim == 1: self._replay([[torch.stack([numbers for numbers, _ in jobs])]])
     elif self.by_number: self._eagerly(self._complete(jobs))
     else: self._replay([[x1, *draws] for x1, draws in self._complete(jobs)])
@@ -499,7 +500,7 @@ def _complete(self:CapturedStep, jobs):
     "Draws for those rows that come without"
     return [(x1, draws) if draws is not None else t._drawn([x1], t.global_step)[0] for t, (x1, draws) in zip(self.trainers, jobs)]
 
-def write(
+def overwrite(
     here:torch.Tensor, # On any device
     values, # Nested lists of numbers, or a tensor
 ):
@@ -513,7 +514,7 @@ def _replay(self:CapturedStep, new):
     "Write what the step is about to where it is read, and make it"
     if self.inputs is None: self.inputs = [[x if x is None else x.to(self.device, copy=True) for x in job] for job in new]
     for here, x in ((here, x) for job, given in zip(self.inputs, new) for here, x in zip(job, given)):
-        if x is not None: write(here, x)
+        if x is not None: overwrite(here, x)
     if self.graph is None and self.warm == GRAPH_WARMUP and self.why_not is None: self._capture()
     if self.graph is not None: return self.graph.replay()
     self._eagerly(None)
