@@ -54,6 +54,8 @@ HERE = Path(__file__).resolve().parent
 
 class PlainNet(nn.Module):
     "An MLP over x and a learned embedding of t, concatenated: 5 hidden layers of 256. It can represent what `mlp-plain` can"
+    constant_buffers = True # For the library: the frequencies stay as they are
+
     def __init__(self, dim, hidden=256, layers=5):
         super().__init__()
         self.register_buffer('frequencies', 1000*torch.exp(-9.21*torch.arange(hidden//2)/(hidden//2)), persistent=False)
@@ -752,6 +754,12 @@ class Seeds:
     @property
     def steps(self): return sum(t.global_step for t in self.trainers)
 
+    @property
+    def path(self):
+        "How steps are made, and why not as one graph where that was wanted"
+        first = self.trainers[0]
+        return first.path if first._captured is None or first._captured.graph else f'{first.path}, step by step: {first._captured.why_not}'
+
 
 ENSEMBLES = {'mlp tiny, 32 numbers, batch 32': (32, dict(arch='mlp', size='tiny', batch_size=32), (1, 4, 16)), 'unet tiny, 32 numbers, batch 32': (32, dict(arch='unet', size='tiny', batch_size=32), (4,)),
              'mlp small, 256 numbers, batch 256': (256, dict(arch='mlp', size='small', batch_size=256), (4,)), 'mlp-plain, 1024 numbers, batch 256': (1024, dict(arch='mlp-plain', batch_size=256), (1, 4, 16))}
@@ -775,11 +783,15 @@ def ensemble(args):
 
 # The section `cuda`: everything on a GPU, timed with device events
 
-def device_ms(contender):
-    "Milliseconds of an epoch between two events on the device"
+def device_ms(work, device):
+    "Milliseconds between two events on the device, before and after some work; on a CPU, for trying this section out, those of the wall"
+    if device == 'cpu':
+        began = time.perf_counter()
+        work()
+        return 1000*(time.perf_counter() - began)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    contender.epoch()
+    work()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
@@ -789,44 +801,89 @@ class PlainOnGPU:
     "The plain loop with everything on the GPU"
     name = 'plain loop'
 
-    def __init__(self, train):
-        self.x, self.net, self.steps = train.x.cuda(), PlainNet(DIM).cuda(), 0
+    def __init__(self, train, device):
+        self.device, self.x, self.net, self.steps = device, train.x.to(device), PlainNet(DIM).to(device), 0
         self.average = copy.deepcopy(self.net)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=LR, weight_decay=0.01)
+        self.scheduler, self.path = warmed_up(self.optimizer), 'plain'
 
     def epoch(self):
-        for rows in torch.randperm(len(self.x), device='cuda').split(BATCH)[:len(self.x)//BATCH]:
+        for rows in torch.randperm(len(self.x), device=self.device).split(BATCH)[:len(self.x)//BATCH]:
             x1 = self.x[rows]
-            t, x0 = torch.rand(len(x1), 1, device='cuda'), torch.randn_like(x1)
+            t, x0 = torch.rand(len(x1), 1, device=self.device), torch.randn_like(x1)
             loss = ((self.net((1 - t)*x0 + t*x1, t[:, 0]) - (x1 - x0))**2).mean()
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.net.parameters(), 1.)
             self.optimizer.step()
+            self.scheduler.step()
             with torch.no_grad():
                 for a, p in zip(self.average.parameters(), self.net.parameters()): a.mul_(0.9999).add_(p, alpha=1e-4)
             loss.item()
             self.steps += 1
 
 
-def cuda(args):
-    "Plain loop, eager, compiled and captured steps, and ensembles of 1, 4 and 16, on one GPU; nothing where there is none"
-    if not torch.cuda.is_available(): return dict(left_out='no CUDA device')
-    data = datasets(10_000)
-    kw = dict(device='cuda', arch='plain-net', batch_size=BATCH)
-    contenders = [PlainOnGPU(data[0]), *(Seeds(name, 1, False, data, **kw, compile=how) for name, how in (('eager', 'off'), ('compiled', 'on'), ('captured', 'auto')))]
-    contenders += [Seeds(f'{how}, {n} seeds', n, together, data, **kw, compile='auto') for n in (4, 16) for how, together in (('alone', False), ('together', True))]
-    contenders.append(Seeds('eager, 16 seeds', 16, False, data, **kw, compile='off'))
+def launches(contender, steps):
+    "What one epoch asks of the device: operations on it a step, and microseconds a step that it is busy"
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as found: contender.epoch()
+    took = [e.time_range.elapsed_us() for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return dict(operations=len(took)/steps, busy_us=sum(took)/steps)
+
+
+def device_speed(device, rounds=5):
+    "What the device reaches: float32 operations a second in a large product, bytes a second in a large copy"
+    n = 8192 if device == 'cuda' else 512
+    a, b, out = (torch.ones(n, n, device=device) for _ in range(3))
+    product, copying = (min(device_ms(work, device) for _ in range(rounds))/1000 for work in (lambda: torch.mm(a, b, out=out), lambda: out.copy_(a)))
+    return dict(operations_per_second=2*n**3/product, bytes_per_second=8*n*n/copying)
+
+
+def floor_of(model, speed):
+    "Milliseconds that the products of a step would take at the speed of a large one, and its passes over weights at that of a large copy"
+    weights = sum(p.numel() for p in model.parameters())
+    operations = sum(2*BATCH*i*o*(3 if need else 2) for i, o, need in linear_layers(model))
+    passes = 4*weights*(3 + 1 + 8 + 3)  # weights and gradients in the products; the norm; the optimizer; the average
+    return dict(operations=operations, bytes=passes, operations_ms=1000*operations/speed['operations_per_second'], bytes_ms=1000*passes/speed['bytes_per_second'])
+
+
+CUDA_PAIRS = [('plain loop', 'captured'), ('eager', 'captured'), ('compiled', 'captured'), ('alone, 16 seeds', 'together, 16 seeds'), ('eager, 16 seeds', 'together, 16 seeds'),
+              ('together, eager, 16 seeds', 'together, 16 seeds')]
+
+
+def cuda_contenders(data, device, sizes):
+    "Everything that is timed on a GPU"
+    kw = dict(device=device, arch='plain-net', batch_size=BATCH)
+    yield PlainOnGPU(data[0], device)
+    for name, how in (('eager', 'off'), ('compiled', 'on'), ('captured', 'auto')): yield Seeds(name, 1, False, data, **kw, compile=how)
+    for n in sizes:
+        yield Seeds(f'alone, {n} seeds', n, False, data, **kw, compile='auto')
+        yield Seeds(f'together, {n} seeds', n, True, data, **kw, compile='auto')
+    yield Seeds(f'eager, {n} seeds', n, False, data, **kw, compile='off')
+    yield Seeds(f'together, eager, {n} seeds', n, True, data, **kw, compile='off')
+
+
+def cuda(args, device='cuda', rows=10_000, sizes=(4, 16)):
+    "Plain loop, eager, compiled and captured steps, and runs alone and together, on one GPU; nothing where there is none"
+    if device == 'cuda' and not torch.cuda.is_available(): return dict(left_out='no CUDA device')
+    data = datasets(rows)
+    contenders, n = list(cuda_contenders(data, device, sizes)), len(data[0])//BATCH
     times = {c.name: [] for c in contenders}
     for r in range(args.rounds + 1):
-        for c in contenders:
-            took = device_ms(c)
+        for k in range(len(contenders)):
+            c = contenders[(k + r) % len(contenders)]
+            took = device_ms(c.epoch, device)
             if r: times[c.name].append(took/1000)
-    model = PlainNet(DIM)
-    weights, products = sum(p.numel() for p in model.parameters()), sum(2*BATCH*i*o*(3 if need else 2) for i, o, need in linear_layers(model))
-    pairs = [('plain loop', 'captured'), ('alone, 16 seeds', 'together, 16 seeds'), ('eager, 16 seeds', 'together, 16 seeds')]
-    return dict(device=torch.cuda.get_device_name(), rows_ms=summary(times, len(data[0])//BATCH), ratios={f'{a} / {b}': median_ratio(times, a, b) for a, b in pairs},
-                floor=dict(operations=products, bytes=4*weights*(3 + 7 + 3)))  # weights and gradients in the products, the optimizer's seven passes, the average's three
+    seeds = {c.name: len(getattr(c, 'trainers', [c])) for c in contenders}
+    for c in contenders:
+        assert c.steps == (args.rounds + 1)*n*seeds[c.name], c.name
+        assert not (why := getattr(getattr(c, 'ensemble', None), 'why_not', '')), f'{c.name}: {why}'
+    floor, found = floor_of(PlainNet(DIM), device_speed(device)), summary(times, n)
+    for c in contenders: found[c.name] |= dict(path=c.path, floor_share=seeds[c.name]*(floor['operations_ms'] + floor['bytes_ms'])/found[c.name]['ms'])
+    if device == 'cuda':
+        for c in contenders: found[c.name] |= (asked := launches(c, n)) | dict(busy_share=asked['busy_us']/1000/found[c.name]['ms'])
+    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else device, rows_ms=found, floor=floor,
+                ratios={f'{a} / {b}': median_ratio(times, a, b) for a, b in CUDA_PAIRS if {a, b} <= times.keys()})
 
 
 # The report

@@ -6,8 +6,8 @@
 __all__ = ['MAPPED_FILE', 'RESIDENT_BYTES', 'BLOCK_BYTES', 'WINDOW_BLOCKS', 'DataError', 'read_plain', 'why_refused',
            'save_plain', 'in_blocks', 'as_table', 'NormalizationStats', 'FlowDataset', 'table_sha256',
            'load_all_splits', 'drop_near_duplicates', 'drop_exact_duplicates', 'parse_size', 'make_splits', 'take_rows',
-           'save_splits', 'KeyedLoader', 'block_order', 'ResidentLoader', 'WorkerLoader', 'read_ahead', 'MappedLoader',
-           'will_need', 'create_dataloader']
+           'save_splits', 'KeyedLoader', 'block_order', 'to_device', 'ResidentLoader', 'WorkerLoader', 'read_ahead',
+           'MappedLoader', 'will_need', 'create_dataloader']
 
 # %% ../nbs/04_data.ipynb #6362cabf
 import ctypes, hashlib, logging, mmap, os, pickle, tempfile
@@ -460,6 +460,15 @@ def order(self:KeyedLoader,
     else: rows = block_order(n, self.block, generator) if self.block else torch.randperm(n, generator=generator)
     return rows.split(self.batch_size)[:len(self)]
 
+# %% ../nbs/04_data.ipynb #d05516c0
+def to_device(
+    x:torch.Tensor, # Anywhere
+    device, # Where it is needed
+)->torch.Tensor: # There, for whatever is asked of that device from now on
+    "A tensor on a device; the host does not wait for the copy"
+    if x.device.type != 'cpu' or torch.device(device).type != 'cuda': return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
 # %% ../nbs/04_data.ipynb #5451fba2
 class ResidentLoader(KeyedLoader):
     "Batches selected from a table in memory, on the device where it is needed"
@@ -474,7 +483,7 @@ class ResidentLoader(KeyedLoader):
 
     def batches(self, epoch, start=0):
         "The batches of one epoch, from number `start` on"
-        for rows in self.order(epoch)[start:]: yield self.x.index_select(0, rows.to(self.x.device))
+        for rows in self.order(epoch)[start:]: yield self.x.index_select(0, to_device(rows, self.x.device))
 
 # %% ../nbs/04_data.ipynb #afa6f44d
 class WorkerLoader(KeyedLoader):
@@ -491,7 +500,7 @@ class WorkerLoader(KeyedLoader):
     def batches(self, epoch, start=0):
         "The batches of one epoch, from number `start` on"
         rows = [b.tolist() for b in self.order(epoch)[start:]]
-        for x in torch.utils.data.DataLoader(self.dataset, batch_sampler=rows, **self.worker_kwargs): yield x.to(self.device)
+        for x in torch.utils.data.DataLoader(self.dataset, batch_sampler=rows, **self.worker_kwargs): yield to_device(x, self.device)
 
 # %% ../nbs/04_data.ipynb #59a63cfc
 def read_ahead(
@@ -527,7 +536,7 @@ class MappedLoader(KeyedLoader):
         def gather(k):
             if self.block and (k == start or k % window == 0): self._announce(order[k:k + window] if k == start else order[k + window:k + 2*window])
             return self.dataset.rows(order[k])
-        for x in read_ahead(gather, range(start, len(order)), threads=1): yield x.to(self.device)
+        for x in read_ahead(gather, range(start, len(order)), threads=1): yield to_device(x, self.device)
 
 @patch
 def _announce(self:MappedLoader, batches):

@@ -66,9 +66,12 @@ def table_source(
 ): # Source: function (x1, generator) -> x0
     "A source whose draws are rows of a table"
     rows = as_table(rows, 'source')
+    there = {}  # the table in other types and on other devices
     def draw(x1, generator):
         if x1.shape[1] != rows.shape[1]: raise DataError(f'the source has vectors of {rows.shape[1]} numbers, the data of {x1.shape[1]}')
-        return rows.to(x1)[torch.randint(len(rows), (len(x1),), generator=generator, device=x1.device)]
+        where = x1.device, x1.dtype
+        if where not in there: there[where] = rows.to(x1)
+        return there[where][torch.randint(len(rows), (len(x1),), generator=generator, device=x1.device)]
     return draw
 
 # %% ../nbs/06_paths.ipynb #24c6f0c8

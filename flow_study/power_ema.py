@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .config import bad_value
-from .ema import changing_buffers
+from .ema import move_towards, side_by_side
 
 # %% ../nbs/19_power_ema.ipynb #3624e5ce
 def average_length(
@@ -45,19 +45,27 @@ class PowerEMA:
         lengths:tuple=LENGTHS, # Of the averages
     ):
         self.exponents, self.n = [power_exponent(l) for l in lengths], 0
-        self.params = [{k: p.detach().clone() for k, p in model.named_parameters()} for _ in lengths]
+        self.params = [side_by_side(dict(model.named_parameters())) for _ in lengths]
 
-    @torch.no_grad()
+    def weights(self)->list: # Of numbers from 0 to 1, one for each average
+        "How far the next update moves each average"
+        return [1 - (1 - 1/(self.n + 1))**(gamma + 1) for gamma in self.exponents]
+
     def update(self,
         model:nn.Module, # After its step
         live=None, # As for `EMAModel`: 0 on the device leaves the averages as they are
     ):
         "Move the averages towards the model's weights"
+        self.move(model, self.weights() if live is None else [weight*live for weight in self.weights()])
         self.n += 1
-        for gamma, average in zip(self.exponents, self.params):
-            weight = 1 - (1 - 1/self.n)**(gamma + 1)
-            if live is not None: weight = [weight*live]*len(average)
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], weight)
+
+    @torch.no_grad()
+    def move(self,
+        model:nn.Module, # After its step
+        weights, # One for each average: numbers, or tensors () for memory that is read when the step is made
+    ):
+        "Move the averages without counting"
+        for average, weight in zip(self.params, weights): move_towards(average, [p.detach() for p in model.parameters()], weight)
 
     def state_dict(self)->dict:
         "The averages and the number of updates; tensors are not copied"

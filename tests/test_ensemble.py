@@ -170,10 +170,10 @@ def test_a_failed_member_ends_alone(make, stack_all):
 def test_memory_that_runs_out_is_said_by_every_member(make, monkeypatch, stack_all):
     e = Ensemble([make(1), make(2)])
     compute, calls = Stack.compute, []
-    def hungry(self, jobs):
+    def hungry(self, jobs, generator=None):
         calls.append(1)
         if len(calls) == 5: raise torch.OutOfMemoryError('out of memory')
-        return compute(self, jobs)
+        return compute(self, jobs, generator)
     monkeypatch.setattr(Stack, 'compute', hungry)
     with pytest.raises(RuntimeError, match='batch_size=100'): e.train()
     assert [read_status(m.config.run_dir)['state'] for m in e.members] == ['failed']*2
