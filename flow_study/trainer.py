@@ -170,7 +170,9 @@ class Latch(NamedTuple):
     steps:torch.Tensor # Updates made, float64
 
     @classmethod
-    def of(cls, device): return cls(*(torch.full((), v, dtype=k, device=device) for v, k in zip((1, 0, 1, 0, 0), [torch.float32]*3 + [torch.float64]*2)))
+    def of(cls, device):
+        "That of a run that begins"
+        return cls(*(torch.full((), v, dtype=k, device=device) for v, k in zip((1, 0, 1, 0, 0), [torch.float32]*3 + [torch.float64]*2)))
 
     def note(self, loss, norm): # As the latch, () or (S,)
         "From the first loss or gradient that is not finite on, turn every step into nothing; count those that were something"
@@ -180,7 +182,9 @@ class Latch(NamedTuple):
         self.loss_sum.add_(loss.where(self.live > 0, 0.))
         self.steps.add_(self.live)
 
-    def clip(self, norm, most): torch.clamp((norm + 1e-6)/most, min=1, out=self.scale)
+    def clip(self, norm, most):
+        "Note what the gradients are to be divided by, so that their norm is `most` or less"
+        torch.clamp((norm + 1e-6)/most, min=1, out=self.scale)
 
 # %% ../nbs/28_trainer.ipynb #10268ed9
 def decay_groups(
@@ -321,7 +325,10 @@ def norm_of(
 
 # %% ../nbs/28_trainer.ipynb #635ad92c
 @patch
-def train_step(self:FlowTrainer, x1, draws=None): # `x1` (b, d), rows on the device; varied and drawn for here unless draws are given
+def train_step(self:FlowTrainer,
+    x1:torch.Tensor, # (b, d), rows on the device, or numbers of rows (b,) where the step does the rest
+    draws:Draws=None, # Of these rows; drawn here by default, after augmentation
+):
     "One update of the weights; nothing in it waits for the device"
     self._seed_network()
     if self._captured is not None: return self._captured([(x1, draws)])
@@ -551,7 +558,10 @@ def _jobs(self:CapturedStep):
     return found
 
 @patch
-def generator(self:CapturedStep, t, stream)->torch.Generator:
+def generator(self:CapturedStep,
+    t:FlowTrainer, # One of those that step
+    stream:str, # What is drawn, as for `keyed_generator`
+)->torch.Generator:
     "The generator that stays, seeded for the step that the trainer stands at"
     if (t, stream) not in self.generators: self.generators[t, stream] = t._generator(stream, t.global_step)
     return self.generators[t, stream]
@@ -957,8 +967,10 @@ class Result(dict):
 
 # %% ../nbs/28_trainer.ipynb #b49ac720
 @patch
-def result(self:FlowTrainer, final=False)->Result:
-    "What `train` gives; with `final` the best weights are measured on training rows too, so that memorising is seen"
+def result(self:FlowTrainer,
+    final:bool=False, # Measure the best weights on training rows too, so that memorising is seen
+)->Result:
+    "What `train` gives"
     best = get_checkpoint_path(self.config.run_name, self.config.checkpoint_dir)
     return Result(epochs_run=self.current_epoch, best_val_loss=self.best_val_loss, final_train_loss=self.final_train_loss,
         final_val_loss=self.final_val_loss, early_stopped=self.state == 'early_stopped', best_epoch=self.best_epoch,
@@ -989,8 +1001,10 @@ def history(self:FlowTrainer)->Table: # A list of dicts
     return Table(self._early_lines + (read_metrics(self.config.run_dir)[0] if self.run_dir else []))
 
 @patch
-def plot_verdict(self:FlowTrainer, ax=None):
-    "The best loss beside the closed forms; gives the axes"
+def plot_verdict(self:FlowTrainer,
+    ax=None, # To draw into; by default a figure of its own
+): # The axes
+    "The best loss beside the closed forms"
     return plot_yardsticks(self.yardsticks, self._best_rows is not None and HeldOutLoss(self._best_rows) or None, ax, self.config.run_name)
 
 # %% ../nbs/28_trainer.ipynb #80d7e845

@@ -80,11 +80,7 @@ def test_every_public_name_is_described(module):
     assert [gap for name in getattr(mod, '__all__', []) for gap in gaps(name, getattr(mod, name))] == []
 
 
-# Strict: a module whose methods are described has to leave this list.
-BEHIND = {m: pytest.mark.xfail(reason='a method without comments beside its parameters', strict=True) for m in ('trainer',)}
-
-
-@pytest.mark.parametrize('module', [pytest.param(m, marks=BEHIND.get(m, ())) for m in MODULES])
+@pytest.mark.parametrize('module', MODULES)
 def test_every_method_of_the_pages_is_described(module):
     mod = importlib.import_module(f'flow_study.{module}')
     methods = [(c, k) for c, k in patched((PACKAGE/f'{module}.py').read_text(encoding='utf-8')) if not c.startswith('_')]
