@@ -106,7 +106,7 @@ def cluster(ray):
     yield cluster
     left = descendants(os.getpid()) - before
     cluster.close()
-    until(lambda: gone(left), 30)  # no orphan
+    until(lambda: gone(left), 90)  # no orphan
 
 
 @pytest.fixture(scope='module')
@@ -179,11 +179,11 @@ def test_a_node_and_the_driver_are_killed(bring_back, cluster, local, sweep):
     first, watch = sweep(*options), Watch()
     watch.start()
     try:
-        (name, process), *_ = first.until(under_way, 120).items()
+        (name, process), *_ = first.until(under_way, 300).items()
         node, = [n for n in cluster.nodes if process['pid'] in {p for p, _ in cluster.workers(n)}]
         cluster.kill(node)
-        first.until(lambda: 'handed out again, 1 of 3' in first.said()[0], 60)
-        first.until(lambda: set(under_way()) - {name} or 'done' in first.said()[0], 120)
+        first.until(lambda: 'handed out again, 1 of 3' in first.said()[0], 180)
+        first.until(lambda: set(under_way()) - {name} or 'done' in first.said()[0], 300)
         below = {p for n in cluster.nodes for p in cluster.workers(n) if stat(p[0]) and Path(f'/proc/{p[0]}/cmdline').read_bytes().find(b'forkserver') >= 0}
         first.send(signal.SIGKILL)
         first.process.wait(30)
@@ -268,7 +268,7 @@ def listening(pids):
 def test_a_cluster_of_our_own_is_private_and_ends_with_its_driver(ray, place, sweep):
     "It listens on the loopback interface only, and a killed driver leaves no process behind; the same command goes on"
     first = sweep('--workers', '1')
-    first.until(under_way, 120)
+    first.until(under_way, 300)
     below = descendants(first.pid)
     assert listening(p for p, _ in below) == {'0100007F', '0000000000000000FFFF00000100007F'}
     assert not [p for p, _ in below if stat(p) and b'usage_stats_enabled=true' in Path(f'/proc/{p}/cmdline').read_bytes().lower()]
@@ -276,12 +276,12 @@ def test_a_cluster_of_our_own_is_private_and_ends_with_its_driver(ray, place, sw
     first.process.wait(30)
     until(lambda: gone(below), 90)
     second = sweep('--workers', '1')
-    second.until(lambda: 'done' in second.said()[0], 120)
+    second.until(lambda: 'done' in second.said()[0], 300)
     below = descendants(second.pid)
     second.send(signal.SIGTERM)
     code, out, err = second.end(90)
     assert (code, err) == (143, '') and 'the same command goes on' in out
-    until(lambda: gone(below), 30)
+    until(lambda: gone(below), 90)
     assert {read_status(RUNS/k)['state'] for k in NAMES if (RUNS/k).exists()} <= {'finished', 'interrupted'}
 
 
