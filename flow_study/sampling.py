@@ -76,6 +76,7 @@ def rk4_step(
     return _plus(x, h/8, (a + d).add(b + c, alpha=3))
 
 _steps = dict(euler=euler_step, midpoint=midpoint_step, heun=heun_step, rk4=rk4_step)
+_calls = dict(euler=1, midpoint=2, heun=2, rk4=4) # Evaluations of a step
 
 # %% ../nbs/22_sampling.ipynb #4df33b18
 def uniform_grid(
@@ -204,8 +205,7 @@ class CompiledStep:
         must:bool=False, # Raise where it cannot be compiled, instead of going on without
     ):
         if method not in _steps: raise unknown_name('method', method, list(_steps))
-        self.velocity, self.plain, self.must = velocity, _steps[method], must
-        self.calls = dict(euler=1, midpoint=2, heun=2, rk4=4)[method]
+        self.velocity, self.method, self.plain, self.must = velocity, method, _steps[method], must
         self.shape, self.call = None, None # Of the first batch; None where it could not be compiled
 
     def __call__(self, v, x, t, s): # `v` counts
@@ -213,7 +213,7 @@ class CompiledStep:
         import torch
         if self.shape is None: self._compile(x, t, s)
         if self.call is None or x.shape != self.shape: return self.plain(v, x, t, s)
-        v.nfe += self.calls
+        v.nfe += _calls[self.method]
         return self.call(x, *(torch.tensor(time, dtype=torch.float64) for time in (t, s)))
 
 # %% ../nbs/22_sampling.ipynb #b38ce5a6
@@ -227,7 +227,9 @@ def _compile(self:CompiledStep, x, t, s):
         call = torch.compile(lambda x, t, s: self.plain(field, x, t, s), dynamic=False, fullgraph=True, options=dict(freezing=x.device.type == 'cpu'))
         got = call(x, *(torch.tensor(time, dtype=torch.float64) for time in (t, s)))
     except Exception as e:
-        if self.must: raise RuntimeError(f'sampling cannot be compiled (`compile="off"` does without): {e}') from e
+        if self.must:
+            self.shape = None  # who asks again is told again
+            raise RuntimeError(f'sampling cannot be compiled (`compile="off"` does without): {e}') from e
         return _logger.info('sampling is not compiled: %s', str(e).partition('\n')[0])
     expected = self.plain(CountedVelocity(self.velocity), x, t, s)
     if torch.allclose(got, expected, rtol=1e-3, atol=1e-3*float(expected.abs().mean())): self.call = call
@@ -488,23 +490,22 @@ def _grid(method, steps, times):
     return uniform_grid(1 if method == 'dopri5' else 50 if steps is None else steps)
 
 # %% ../nbs/22_sampling.ipynb #23774c02
-def _compiled(velocity, method, steps, batches, compile, device):
+def _compiled(velocity, method, steps, n, batch, compile, device):
     "A compiled step where it is asked for, or will pay: on a CPU, for a plain network"
     if compile not in ('auto', 'on', 'off'): raise bad_value('compile', compile, "'auto', 'on' or 'off'")
-    if method not in _steps:
-        if compile == 'on': raise bad_value('compile', compile, f"'off' or 'auto' with {method}", f"Only {', '.join(_steps)} have steps to compile")
-        return None
-    if device is None: return CompiledStep(velocity, method, must=True) if compile == 'on' else None
-    step = _kept_step(velocity, method, must=compile == 'on')
-    pays = device.type == 'cpu' and steps*batches*step.calls >= COMPILE_CALLS and shutil.which(os.environ.get('CXX', 'g++'))
-    return step if compile == 'on' or compile == 'auto' and pays else None
+    if compile == 'on' and method not in _steps: raise bad_value('compile', compile, f"'off' or 'auto' with {method}", f"Only {', '.join(_steps)} have steps to compile")
+    plain = device is not None
+    pays = plain and device.type == 'cpu' and steps*(n//batch)*_calls.get(method, 0) >= COMPILE_CALLS and shutil.which(os.environ.get('CXX', 'g++'))
+    if compile == 'off' or compile == 'auto' and not pays: return None
+    return _kept_step(velocity, method, min(n, batch), compile == 'on') if plain else CompiledStep(velocity, method, must=True)
 
-_kept = [None, None] # One step, and the network, method and weights that it is for
+_kept = [None, None] # One step, and what it is for: network, method, rows of a batch, whether it must be compiled, weights
 
-def _kept_step(network, method, must):
-    "The step of before, where it is one of this very network; its weights count their changes"
+def _kept_step(network, method, rows, must):
+    "The step of before, where it is for the same; weights count their changes"
     weights = [(x.data_ptr(), x._version) for x in (*network.parameters(), *network.buffers())] if hasattr(network, 'buffers') else None
-    if weights is None or _kept[1] != (id(network), method, weights): _kept[:] = CompiledStep(network, method, must), (id(network), method, weights)
+    if weights is None: return CompiledStep(network, method, must)
+    if _kept[1] != (id(network), method, rows, must, weights): _kept[:] = CompiledStep(network, method, must), (id(network), method, rows, must, weights)
     return _kept[0]
 
 # %% ../nbs/22_sampling.ipynb #0e8015e3
@@ -516,7 +517,7 @@ def _flowed(model, device, n, stream, method='heun', steps=None, times=None, see
         if type(value) is not int or value < 1: raise bad_value(name, value, 'a whole number, at least 1')
     times, (flow, d) = _grid(method, steps, times), _described(model, flow)
     velocity = model if wrap is None else wrap(model)
-    solver |= dict(step=_compiled(velocity, method, len(times) - 1, n//batch, compile, device if wrap is None else None))
+    solver |= dict(step=_compiled(velocity, method, len(times) - 1, n, batch, compile, device if wrap is None else None))
     for lo in range(0, n, batch):
         hi = min(lo + batch, n)
         x0 = _source_rows(flow, d, lo, hi, seed, stream)

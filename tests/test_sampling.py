@@ -397,6 +397,8 @@ def test_when_a_step_is_compiled(saved, monkeypatch):
     with torch.no_grad(): next(model.parameters()).mul_(2)
     sample(model, 30, **few)
     assert len(compiled) == 2
+    sample(model, 30, steps=30, batch=15)  # another shape
+    assert compiled[2:] == [(15, 6)]
     with pytest.raises(ValueError, match="'auto', 'on' or 'off'"): sample(model, 3, compile=True)
     with pytest.raises(ValueError, match='have steps to compile'): sample(model, 3, 'dopri5', compile='on')
 
@@ -407,6 +409,7 @@ def test_a_step_that_cannot_be_compiled(saved, monkeypatch, caplog):
     monkeypatch.setattr(torch, 'compile', refuse)
     monkeypatch.setattr('flow_study.sampling.COMPILE_CALLS', 1)
     model = load_model(saved)
-    with pytest.raises(RuntimeError, match='no compiler'): sample(model, 5, steps=2, batch=5, compile='on')
-    with torch.no_grad(): next(model.parameters()).mul_(1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='no compiler'): sample(model, 5, steps=2, batch=5, compile='on')
     assert sample(model, 5, steps=2, batch=5).equal(sample(model, 5, steps=2, batch=5, compile='off'))
+    with pytest.raises(RuntimeError, match='no compiler'): sample(model, 5, steps=2, batch=5, compile='on')  # also after one that went on without
