@@ -8,6 +8,7 @@ __all__ = ['CONNECT_SECONDS', 'PIECE', 'LOSSES', 'EngineError', 'RayEngine']
 # %% ../nbs/33_ray_engine.ipynb #cff096ce
 import logging, os, secrets, shutil, signal, socket, sys, tempfile, threading, time
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -451,32 +452,39 @@ def _abandoned(file):
 
 # %% ../nbs/33_ray_engine.ipynb #8411e5e4
 def _home(order):
-    "The folder of this call on this node; those of drivers that are gone are removed"
-    base = Path(tempfile.gettempdir())/f'flow_study-nodes-{os.getuid()}'
-    mine = base/order.session
+    "The folder of a call on this node"
+    return Path(tempfile.gettempdir())/f'flow_study-nodes-{os.getuid()}'/order.session
+
+def _make_home(order):
+    "Make the folder of this call; those of drivers that are gone are removed"
+    mine = _home(order)
     (mine/'data').mkdir(parents=True, exist_ok=True)
     if not (mine/'driver.json').exists(): publish_json(mine/'driver.json', order.driver, durable=False)
-    for other in base.iterdir():
+    for other in mine.parent.iterdir():
         if _abandoned(other/'driver.json'): shutil.rmtree(other, ignore_errors=True)
     return mine
 
 # %% ../nbs/33_ray_engine.ipynb #ff49060d
 def _leave_home(order):
     "Remove the folder of a call from this node"
-    home = Path(tempfile.gettempdir())/f'flow_study-nodes-{os.getuid()}'/order.session
     os.chdir('/')
-    shutil.rmtree(home, ignore_errors=True)
+    shutil.rmtree(_home(order), ignore_errors=True)
 
-# %% ../nbs/33_ray_engine.ipynb #49c08cd1
+# %% ../nbs/33_ray_engine.ipynb #3f6995c4
+def _asking(keeper):
+    "A function that asks the keeper: a method and its arguments; the task keeps its processors"
+    import ray
+    aside = ThreadPoolExecutor(1)
+    return lambda method, *args: aside.submit(lambda: ray.get(getattr(keeper, method).remote(*args))).result()
+
+# %% ../nbs/33_ray_engine.ipynb #73be246c
 def _brought_back(job, order, keeper):
     "Carry out a job in a folder of this node, and bring back what it publishes; gives the exit code, None when somebody else is at it"
-    import ray
-    ask = lambda method, *args: ray.get(getattr(keeper, method).remote(*args))
-    attempt, path = secrets.token_hex(8), job.run_dir
+    attempt, path, ask = secrets.token_hex(8), job.run_dir, _asking(keeper)
     begun = ask('begin', job, attempt, this_process())
     if begun is None: return None
     if 'files' not in begun: return 0 if begun['state'] == 'done' else 1
-    place = _home(order)/attempt
+    place = _make_home(order)/attempt
     place.mkdir()
     os.chdir(place)
     try:

@@ -8,11 +8,15 @@ __all__ = ['VectorUNet']
 # %% ../nbs/13_unet.ipynb #08a26f31
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 
 from .layers import TimeAndCondition, register_model, scaled_width, zeroed
 from .mlp import ResidualBlock
 
 # %% ../nbs/13_unet.ipynb #cd673e70
+def _normalised(h): return layer_norm(h, h.shape[-1:])
+
+# %% ../nbs/13_unet.ipynb #f27edec7
 class VectorUNet(nn.Module):
     "A U-Net over the width of the vector"
     def __init__(self,
@@ -37,9 +41,9 @@ class VectorUNet(nn.Module):
         c, h, passed = self.features(t, x, cond), self.into(x), []
         for block, narrow in zip(self.down, self.narrow):
             passed.append(block(h, c))
-            h = narrow(passed[-1])
+            h = narrow(_normalised(passed[-1]))
         h = self.down[-1](h, c)
-        for block, widen in zip(self.up, self.widen): h = block(widen(h) + passed.pop(), c)
+        for block, widen in zip(self.up, self.widen): h = block(widen(_normalised(h)) + passed.pop(), c)
         return self.out(self.norm(h))
 
 # %% ../nbs/13_unet.ipynb #c60befd3
