@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from .config import bad_value, unknown_name
 from .console import Parser, complain, setup_logging, spin_briefly
 from .files import publish, publish_json
+from .sampling import number_or_auto
 
 # %% ../nbs/23_metrics.ipynb #2189d0bd
 _logger = logging.getLogger('flow_study.metrics') # not `__name__`, which is `__main__` under `python -m`
@@ -549,6 +550,7 @@ class _Subject(NamedTuple):
     flow:object # The flow it was trained with
     train:object # Training rows
     held:object # Held-out rows
+    autoguidance:float = 1. # Scale with which its samples are drawn
 
     def conditions(self, n):
         "The conditions of some training rows, in which every kind has its share; None for a network that takes none"
@@ -626,7 +628,7 @@ def _draw(s, n, method, steps, seed):
     from flow_study.sampling import sample
     calls = []
     hook = s.model.register_forward_pre_hook(lambda *args: calls.append(1))
-    try: x = sample(s.model, n, method, None if method == 'dopri5' else steps, seed, batch=n, normalized=True, flow=s.flow, cond=s.conditions(n))
+    try: x = sample(s.model, n, method, None if method == 'dopri5' else steps, seed, batch=n, normalized=True, flow=s.flow, cond=s.conditions(n), autoguidance=s.autoguidance)
     finally: hook.remove()
     return x, len(calls)
 
@@ -635,14 +637,15 @@ def _paths(s, n, method, steps, seed):
     "Straightness and normalised energy of the paths of a run, and of the shrunk Gaussian beside it"
     from flow_study.closed_form import ShrunkGaussianVelocity, some_rows
     from flow_study.draws import keyed_generator
-    from flow_study.sampling import conditioned
+    from flow_study.sampling import autoguided, conditioned
     target = some_rows(s.train.x, n)
     x0 = s.flow.source(target, keyed_generator(seed, 'metrics/x0'))
     w2 = exact_w2(x0, target)**2
     null = dict(zero=dict(path_straightness=math.nan, path_energy=0., normalised_path_energy=1.))
     if s.flow.marginal is not None: null['shrunk_gaussian'] = _path_of(ShrunkGaussianVelocity.fit(s.train.x, s.flow.marginal), x0, method, steps, w2)
     told = s.conditions(n)
-    velocity = s.model if told is None else conditioned(s.model, told)
+    velocity = s.model if s.autoguidance == 1 else autoguided(s.model, s.model.base, s.autoguidance)
+    if told is not None: velocity = conditioned(velocity, told)
     return dict(_path_of(velocity, x0, method, steps, w2), w2_squared=w2, rows=n, null=null)
 
 def _path_of(velocity, x0, method, steps, w2):
@@ -666,14 +669,16 @@ def evaluate(
     draws:int=200, # Resamples of the bootstrap
     nfe_steps:tuple=(1, 2, 5, 10, 20, 50), # Solver steps for quality against NFE
     plots:bool=False, # Save pictures beside the report
+    autoguidance=1., # Scale with which samples are drawn, or `auto`, as for `sample`
     model=None, # The network, if it was not made by `create_model`
 )->dict: # The report, as in `evaluation.json`
     "Losses, metrics of samples, floors and nulls of a run; published in its directory"
     s = _subject(checkpoint, split, data_dir, model)
     n = _checked(s, n, method, steps, draws)
+    s = s._replace(autoguidance=_scale(s, autoguidance))
     file = s.path.with_name('evaluation.json')
     earlier = _count_read(file, split)
-    report = dict(_described(s, split), n=n, method=method, steps=steps, seed=seed, reads=earlier['reads'],
+    report = dict(_described(s, split), n=n, method=method, steps=steps, seed=seed, autoguidance=s.autoguidance, reads=earlier['reads'],
                   interval=f'95 %, centred bootstrap over rows of both tables, {draws} resamples', **_losses(s))
     samples, found = _sampled(s, report, draws, nfe_steps)
     report |= found | dict(other=_others_kept(earlier, split))
@@ -693,6 +698,13 @@ def _checked(s, n, method, steps, draws):
     n = min(most, 2000) if n is None else n
     if MIN_ROWS <= n <= most: return n
     raise bad_value('n', n, f'from {MIN_ROWS} to {most} samples: the floor is measured on as many of the {most} training rows')
+
+def _scale(s, autoguidance):
+    "The scale of autoguidance that is meant; refused where there is no closed form to be guided away from"
+    from flow_study.sampling import choose_autoguidance, sample
+    if autoguidance == 'auto': return choose_autoguidance(s.model, flow=s.flow)
+    if autoguidance != 1: sample(s.model, 1, steps=1, flow=s.flow, normalized=True, autoguidance=autoguidance)
+    return autoguidance
 
 def _described(s, split):
     "What a report is about"
@@ -805,8 +817,10 @@ def evaluation_table(
     gain = run['paired_gain']
     parts[-1] += f"\ngain over {_short(gain['over'])}, paired by row: {gain['mean']:+.4f} ± {1.96*gain['se']:.4f} (95 %)\n{run['verdict']}"
     if r['failed']: return '\n\n'.join([*parts, f"no samples, and no metric of any: {r['failed']}"])
-    parts += [f"{r['n']} samples, {r['method']}, {r['steps']} steps, {r['nfe']} function evaluations\n" + samples_table(r['samples'])]
+    parts += [f"{r['n']} samples, {r['method']}, {r['steps']} steps, {r['nfe']} function evaluations{_pushed(r)}\n" + samples_table(r['samples'])]
     return '\n\n'.join(parts + _path_lines(r))
+
+def _pushed(r): return '' if r.get('autoguidance', 1.) == 1 else f", autoguidance {r['autoguidance']:g}"
 
 def _times(n): return 'once' if n == 1 else f'{n} times'
 
@@ -831,6 +845,7 @@ def _parser():
     p.add_argument('--method', default='heun', metavar='NAME', help='solver (default heun)')
     p.add_argument('--steps', type=int, default=50, metavar='N', help='solver steps (default 50)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='decides samples, nulls and resamples (default 0)')
+    p.add_argument('--autoguidance', type=number_or_auto, default=1., metavar='W', help="for samples: scale of the push away from the network's closed form, or auto (default 1: none)")
     p.add_argument('--data-dir', metavar='FOLDER', help='folder of the data, where it is not the one the run was trained from')
     p.add_argument('--checkpoint-dir', default='study/checkpoints', metavar='FOLDER', help='folder of the runs, for a name (default %(default)s)')
     p.add_argument('--no-plots', action='store_true', help='save no pictures')
@@ -846,7 +861,7 @@ def main(
     setup_logging()
     logging.getLogger('flow_study.sampling').setLevel(logging.WARNING) # the report has the counts of all samples
     try:
-        report = evaluate(checkpoint_file(a.run, a.checkpoint_dir), a.split, a.n, a.method, a.steps, a.seed, a.data_dir, plots=not a.no_plots)
+        report = evaluate(checkpoint_file(a.run, a.checkpoint_dir), a.split, a.n, a.method, a.steps, a.seed, a.data_dir, plots=not a.no_plots, autoguidance=a.autoguidance)
     except KeyboardInterrupt: return complain('flow_study_eval', 'interrupted; a read of the split may have been counted', 130)
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as e: return complain('flow_study_eval', e)
     print(evaluation_table(report))

@@ -8,12 +8,13 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['COMPILE_CALLS', 'euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid',
            'CountedVelocity', 'SolverError', 'Solution', 'solve', 'CompiledStep', 'guided', 'cfg_zero_star',
-           'conditioned', 'divergence', 'LogLikelihood', 'log_likelihood', 'sample', 'Neighbour', 'nearest_texts',
-           'make_pairs']
+           'conditioned', 'autoguided', 'divergence', 'LogLikelihood', 'log_likelihood', 'sample',
+           'choose_autoguidance', 'Neighbour', 'nearest_texts', 'make_pairs', 'number_or_auto']
 
 # %% ../nbs/22_sampling.ipynb #e792ad0a
 import argparse, io, logging, math, os, shutil
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -339,6 +340,19 @@ def conditioned(
     "The velocity of a conditional network under one condition"
     return lambda x, t: network(x, t, cond)
 
+# %% ../nbs/22_sampling.ipynb #e3c47b2d
+def autoguided(
+    velocity, # Of a trained network; takes x (n, d), t, and a condition where it is conditioned
+    weak, # A weaker velocity for the same data, such as the closed form that the network corrects
+    scale:float, # w: 1 is the velocity itself
+): # A velocity, of one evaluation of each
+    "A velocity, pushed away from a weaker one"
+    if not scale > 0: raise bad_value('autoguidance', scale, 'above 0')
+    def v(x, t, *cond):
+        u = weak(x, t)
+        return u + scale*(velocity(x, t, *cond) - u)
+    return v
+
 # %% ../nbs/22_sampling.ipynb #aa2a55c4
 def divergence(
     velocity, # Function of x (n, d) and t (); a row's velocity depends on that row alone
@@ -509,15 +523,16 @@ def _kept_step(network, method, rows, must):
     return _kept[0]
 
 # %% ../nbs/22_sampling.ipynb #0e8015e3
-def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, compile='auto', **solver):
+def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, compile='auto', autoguidance=1., **solver):
     "Batches of source rows and of where the flow takes them, (b, d) both, normalised, on the CPU"
     import torch
     if batch is None: batch = 256 if device.type == 'cpu' else 1024
     for name, value in dict(n=n, batch=batch).items():
         if type(value) is not int or value < 1: raise bad_value(name, value, 'a whole number, at least 1')
     times, (flow, d) = _grid(method, steps, times), _described(model, flow)
-    velocity = model if wrap is None else wrap(model)
-    solver |= dict(step=_compiled(velocity, method, len(times) - 1, n, batch, compile, device if wrap is None else None))
+    velocity = _guided_by_its_own(model, autoguidance, flow)
+    if wrap is not None: velocity = wrap(velocity)
+    solver |= dict(step=_compiled(velocity, method, len(times) - 1, n, batch, compile, device if velocity is model else None))
     for lo in range(0, n, batch):
         hi = min(lo + batch, n)
         x0 = _source_rows(flow, d, lo, hi, seed, stream)
@@ -525,6 +540,20 @@ def _flowed(model, device, n, stream, method='heun', steps=None, times=None, see
             x, nfe, _ = solve(velocity, x0.to(device), times, method, project=getattr(flow, 'project', None), **solver)
         yield x0, x.cpu()
     _logger.info('%s samples of %s numbers by %s: %s evaluations', f'{n:,}', f'{d:,}', method, nfe)
+
+# %% ../nbs/22_sampling.ipynb #f0777224
+def _guided_by_its_own(model, autoguidance, flow):
+    "The velocity of a network, pushed away from the closed form that it corrects"
+    if autoguidance == 'auto': autoguidance = choose_autoguidance(model, flow=flow)
+    if autoguidance == 1: return model
+    if isinstance(autoguidance, str): raise bad_value('autoguidance', autoguidance, "a number above 0, or 'auto'")
+    return autoguided(model, _closed_form(model, autoguidance), autoguidance)
+
+def _closed_form(model, autoguidance):
+    "The closed form that a network corrects"
+    base = getattr(model, 'base', None)
+    if base is None: raise bad_value('autoguidance', autoguidance, '1 for a network that corrects no closed form', "Train with precond='gaussian'")
+    return base
 
 # %% ../nbs/22_sampling.ipynb #8adcafce
 def _guided_by(cond, guidance, wrap):
@@ -550,6 +579,7 @@ def sample(
     wrap=None, # Makes a velocity of the network's, for guidance
     cond=None, # A label or a vector, for a network that is conditioned
     guidance:float=1., # Scale of `cfg_zero_star`, with `cond`
+    autoguidance=1., # Scale of `autoguided`, away from the closed form that the network corrects; `auto` for that of `choose_autoguidance`
     compile:str='auto', # `on`, `off`, or `auto`: on a CPU for some thousand steps of batches
     **solver # For `solve`, such as `rtol`
 )->torch.Tensor: # (n, d) float32 on the CPU, in the data's own units
@@ -560,13 +590,40 @@ def sample(
     elif guidance != 1: raise bad_value('guidance', guidance, '1 without a condition', 'Give `cond`')
     model, device = _loaded(checkpoint, device)
     flow, _ = _described(model, flow)
-    x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, compile, **solver)])
+    x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, compile, autoguidance, **solver)])
     x = torch.cat([flow.restore(b, keyed_generator(seed, 'sample/length', k)) for k, b in enumerate(x.split(256))])  # directions get a length
     if normalized: return x
     if getattr(model, 'stats', None) is None: raise bad_value('normalized', False, 'True, since the checkpoint holds no statistics to go back with')
     x = model.stats.denormalize(x)
     if x.isfinite().all(): return x
     raise SolverError(f"samples in the data's own units are not finite in {_bad_rows(x)}")
+
+# %% ../nbs/22_sampling.ipynb #2eb967c6
+def choose_autoguidance(
+    checkpoint, # As for `sample`
+    n:int=1000, # Samples by which it is chosen
+    steps:int=20, # Of `heun`
+    seed:int=0, # Decides their source points, the same for each scale
+    most:float=1.5, # The largest scale that is tried
+    flow=None, # As for `sample`
+)->float: # At least 1
+    "The scale of `autoguided` at which samples are as wide as the training rows"
+    from scipy.optimize import brentq
+    model, _ = _loaded(checkpoint, None)
+    target = _total_variance(_closed_form(model, 'auto'), _described(model, flow)[1])
+    @cache
+    def width(scale):
+        x = sample(model, n, steps=steps, seed=seed, normalized=True, flow=flow, autoguidance=scale)
+        return math.log(x.var(0).sum().item()/target)
+    if width(1.) >= 0: return 1.
+    if width(most) > 0: return round(brentq(width, 1., most, xtol=0.005), 3)
+    _logger.warning('samples stay narrower than the training rows up to autoguidance %s, which is used', most)
+    return most
+
+def _total_variance(base, dim):
+    "Of the data that a closed form believes in"
+    if not hasattr(base, 'variances'): return float(dim)
+    return (base.variances.sum() + base.rest*(dim - len(base.variances))).item()
 
 # %% ../nbs/22_sampling.ipynb #d8cc8830
 class Neighbour(NamedTuple):
@@ -623,6 +680,10 @@ def make_pairs(
     return dict(x0=x0, x1=x1, source=source, stats=model.stats.state_dict(), seed=seed)
 
 # %% ../nbs/22_sampling.ipynb #0154ea42
+def number_or_auto(text):
+    "What `--autoguidance` takes"
+    return text if text == 'auto' else float(text)
+
 def _parser():
     "The arguments of `flow_study_sample`"
     p = Parser('flow_study_sample', description=__doc__)
@@ -642,6 +703,7 @@ def _parser():
     p.add_argument('--data-dir', metavar='DIR', help="folder of the training texts (default: the run's own)")
     p.add_argument('--label', type=int, metavar='N', help='label of the samples, for a network that is conditioned on labels')
     p.add_argument('--guidance', type=float, default=1., metavar='W', help='with --label: scale of classifier-free guidance (default 1: none)')
+    p.add_argument('--autoguidance', type=number_or_auto, default=1., metavar='W', help="scale of the push away from the network's closed form, or auto: as wide as the training rows (default 1: none)")
     p.add_argument('--device', default='cpu', metavar='NAME', help='where to compute (default %(default)s)')
     return p
 
@@ -660,7 +722,7 @@ def _check_arguments(args):
 
 def _solver_options(args):
     "The keyword arguments of `sample` that the arguments stand for"
-    kw = dict(method=args.method, steps=args.steps, seed=args.seed, batch=args.batch, compile=args.compile)
+    kw = dict(method=args.method, steps=args.steps, seed=args.seed, batch=args.batch, compile=args.compile, autoguidance=args.autoguidance)
     if args.label is not None: kw |= dict(cond=args.label, guidance=args.guidance)
     if args.shift is not None: kw |= dict(steps=None, times=shifted_grid(50 if args.steps is None else args.steps, args.shift))
     if args.tolerance is not None: kw |= dict(rtol=args.tolerance, atol=args.tolerance)

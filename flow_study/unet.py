@@ -34,7 +34,7 @@ class VectorUNet(nn.Module):
         self.features, self.into = TimeAndCondition(features, classes, cond_dim), nn.Linear(dim, widths[0])
         self.down, self.up = nn.ModuleList(map(block, widths)), nn.ModuleList(map(block, widths[-2::-1]))
         self.narrow = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
-        self.widen = nn.ModuleList(nn.Linear(b, a) for a, b in list(zip(widths, widths[1:]))[::-1])
+        self.widen = nn.ModuleList(zeroed(nn.Linear(b, a)) for a, b in list(zip(widths, widths[1:]))[::-1])
         self.norm, self.out = nn.LayerNorm(widths[0]), zeroed(nn.Linear(widths[0], dim))
 
     def forward(self, x, t, cond=None):

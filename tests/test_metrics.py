@@ -353,6 +353,22 @@ def test_data_that_do_not_belong_to_the_checkpoint(run, place):
     assert not (place/run/'evaluation.json').exists()
 
 
+def test_autoguidance_of_samples_and_paths(place, eval_main):
+    "Other samples and other paths, the same losses; the scale that was chosen is in the report"
+    from flow_study.train import main
+    run = 'study/checkpoints/mlp-icfm-1k-none'
+    assert main('--arch mlp --size tiny --flow icfm --dataset 1k --group tests --epochs 20 --lr 2e-3 --device cpu --wandb-mode disabled'.split()) == 0
+    plain, pushed = evaluate(run, **quick), evaluate(run, **quick, autoguidance=1.5)
+    assert plain['run'] == pushed['run'] and (plain['autoguidance'], pushed['autoguidance']) == (1., 1.5)
+    assert pushed['paths']['path_energy'] != plain['paths']['path_energy'] and pushed['nfe'] == plain['nfe']
+    assert pushed['samples']['energy_distance']['value'] != plain['samples']['energy_distance']['value']
+    assert 'autoguidance 1.5' in evaluation_table(pushed) and 'autoguidance' not in evaluation_table(plain)
+    chosen = evaluate(run, **quick, autoguidance='auto')['autoguidance']
+    assert 1 <= chosen <= 1.5 and evaluate(run, **quick, autoguidance=chosen)['samples'] == evaluate(run, **quick, autoguidance='auto')['samples']
+    code, out, _ = eval_main(run, '--n', 100, '--steps', 5, '--autoguidance', 1.25, '--no-plots')
+    assert code == 0 and 'autoguidance 1.25' in out
+
+
 def test_too_few_held_out_rows(place):
     save_splits(make_splits(torch.tensor(table(100, 4)).float(), sizes=('100',), max_cosine=1.), place/'few')
     config = TrainingConfig(arch='simple', flow='icfm', dataset='100', group='tests', data_dir='few')
