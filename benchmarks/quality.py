@@ -35,7 +35,8 @@ from flow_study.trainer import FlowTrainer, choose_average
 
 SEEDS = (42, 43, 44)
 DRAWS = 32
-SAMPLED = ('mlp', 'mlp, base') # Rows whose samples are evaluated
+SAMPLED = ('mlp', 'mlp, base') # Rows whose samples are evaluated, as the network gives them and as wide as the training rows
+SCALES = dict(val=(1., 'auto'), test=('auto',))
 # What suits the number of rows. 800: 1,800 steps, rows mixed, dropout. 8,000: 5,890 steps, and neither, since nothing is learned by heart in that time.
 BEST = {'1k': dict(arch='mlp', aug='mixup', lr=2e-3, warmup_steps=150, ema_snapshots=6, epochs=600, val_frequency=10),
         '10k': dict(arch='mlp', lr=2e-3, warmup_steps=150, ema_snapshots=6, net_dropout=0., epochs=190, val_frequency=4)}
@@ -66,6 +67,7 @@ CHOICES = {'1k': {
 }, '10k': {
     'mixup': dict(aug='mixup'),
     'dropout 0.3': dict(net_dropout=None),
+    'mlp, base, lr 2e-3': dict(size='base'),
 }}
 
 
@@ -143,13 +145,23 @@ def collect(args):
             found['missing'] += 1
             continue
         found['reports'].append({k: v for k, v in report.items() if k != 'config'} | dict(changes=config.diff(TrainingConfig(**{k: getattr(config, k) for k in ('arch', 'flow', 'dataset', 'group')}))))
-        file = config.run_dir/'evaluation.json'
-        evaluated = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        for r in (r for r in [evaluated, *evaluated.get('other', {}).values()] if r.get('samples')):
-            keep = {k: {a: v[a] for a in ('value', 'low', 'high', 'floor', 'null')} for k, v in r['samples'].items()}
-            found['samples'].append(dict(data=data, row=row, seed=seed, split=r['split'], reads=evaluated['reads'][r['split']], run=r['run'], n=r['n'], samples=keep))
+        found['samples'] += [dict(data=data, row=row, seed=seed, **r) for r in sampled(config).values()]
     for r in found['reports']: r['changes'] = {k: v[0] for k, v in r['changes'].items() if k not in ('data_dir', 'checkpoint_dir', 'stats_path', 'name', 'seed', 'group')}
     return found
+
+
+def sampled(config):
+    "What is known of the samples of a run, by split and autoguidance"
+    file = config.run_dir/'samples.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+
+
+def judge_samples(config, split, scale):
+    "Evaluate samples of a run, of the average that was chosen afterwards, and keep what the table needs"
+    r = evaluate(config.run_dir/'chosen.pt', split, nfe_steps=(5,), autoguidance=scale)
+    kept = {k: {a: v[a] for a in ('value', 'low', 'high', 'floor', 'null')} for k, v in r['samples'].items()}
+    found = dict(split=split, reads=r['reads'][split], run=r['run'], n=r['n'], asked=scale, autoguidance=r['autoguidance'], samples=kept)
+    publish_json(config.run_dir/'samples.json', sampled(config) | {f'{split}, autoguidance {scale}': found})
 
 
 def line(row, reports, parameters, seconds):
@@ -181,13 +193,13 @@ def table(found):
 def sample_lines(row, split, samples):
     "What `evaluate` said of the samples of a network"
     if not samples: return []
-    lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows (read {max(s['reads'] for s in samples)} times a run), with 95 % intervals; in brackets the shrunk Gaussian's samples, and the floor: real rows.\n",
-             '| seed | loss | gain | energy distance | 1-NN accuracy | of real rows less of samples | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|']
+    lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows, with 95 % intervals; in brackets the shrunk Gaussian's samples, and the floor: real rows.\n",
+             '| seed | autoguidance | loss | gain | energy distance | 1-NN accuracy | of real rows less of samples | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|']
     cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) [{m['null']['shrunk_gaussian']['value']:.3f}; {m['floor']:.3f}]"
     for s in samples:
         g = s['run']['paired_gain']
         cells = [cell(s['samples'][k]) for k in ('energy_distance', 'nn_accuracy', 'nn_asymmetry', 'coverage', 'memorisation', 'copies')]
-        lines.append(f"| {s['seed']} | {s['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
+        lines.append(f"| {s['seed']} | {s['autoguidance']:.3g} | {s['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
     return lines
 
 
@@ -210,13 +222,10 @@ def main():
         print(f"{r['data']:12}{r['row']:24}{r['seed']}  loss {r['loss']:.4f}  gain {r['gain']:+.4f} ± {r['half_width']:.4f}  {r['state']}, best epoch {r['best_epoch']}, {r['cpu_seconds'] or 'resumed,'} CPU seconds", flush=True)
     if args.samples:
         split = 'test' if args.test else 'val'
-        for *_, config in [q for q in plan(args) if q[1] in SAMPLED and done(q[3])]:
-            file = config.run_dir/'evaluation.json'
-            known = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-            if known.get('split') == split or split in known.get('other', {}): continue
-            evaluate(config.run_dir/'chosen.pt', split, nfe_steps=(5,))
-            print(f'{config.run_name}: samples evaluated on {split} rows', flush=True)
-            break
+        left = [(c, scale) for _, row, _, c in plan(args) if row in SAMPLED and done(c) for scale in SCALES[split] if f'{split}, autoguidance {scale}' not in sampled(c)]
+        for config, scale in left[:1]:
+            judge_samples(config, split, scale)
+            print(f'{config.run_name}: samples evaluated on {split} rows, autoguidance {scale}', flush=True)
     found = collect(args)
     if args.save: publish_json(args.save, found)
     print(table(found))

@@ -12,6 +12,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = ('test_ray.py', 'test_browser.py', 'test_study.py', 'test_kill.py') # Files of minutes, longest first
+
+
+def pytest_collection_modifyitems(items):
+    "Where files go to several processes (`--dist loadfile --no-loadscope-reorder`) a long one is not the last"
+    rank = {name: k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(autouse=True)
