@@ -67,7 +67,8 @@ CHOICES = {'1k': {
 }, '10k': {
     'mixup': dict(aug='mixup'),
     'dropout 0.3': dict(net_dropout=None),
-    'mlp, base, lr 2e-3': dict(size='base'),
+    'lr 1e-3': dict(lr=1e-3),
+    'mlp, base, lr 5e-4': dict(size='base', lr=5e-4),
 }}
 
 

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .config import bad_value, unknown_name
 from .console import Parser, complain, setup_logging, spin_briefly
 from .files import publish, publish_json
-from .sampling import number_or_auto
+from .sampling import _number_or_auto
 
 # %% ../nbs/23_metrics.ipynb #2189d0bd
 _logger = logging.getLogger('flow_study.metrics') # not `__name__`, which is `__main__` under `python -m`
@@ -845,7 +845,7 @@ def _parser():
     p.add_argument('--method', default='heun', metavar='NAME', help='solver (default heun)')
     p.add_argument('--steps', type=int, default=50, metavar='N', help='solver steps (default 50)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='decides samples, nulls and resamples (default 0)')
-    p.add_argument('--autoguidance', type=number_or_auto, default=1., metavar='W', help="for samples: scale of the push away from the network's closed form, or auto (default 1: none)")
+    p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="for samples: scale of the push away from the network's closed form, or auto (default 1: none)")
     p.add_argument('--data-dir', metavar='FOLDER', help='folder of the data, where it is not the one the run was trained from')
     p.add_argument('--checkpoint-dir', default='study/checkpoints', metavar='FOLDER', help='folder of the runs, for a name (default %(default)s)')
     p.add_argument('--no-plots', action='store_true', help='save no pictures')

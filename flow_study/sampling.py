@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['COMPILE_CALLS', 'euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid',
            'CountedVelocity', 'SolverError', 'Solution', 'solve', 'CompiledStep', 'guided', 'cfg_zero_star',
            'conditioned', 'autoguided', 'divergence', 'LogLikelihood', 'log_likelihood', 'sample',
-           'choose_autoguidance', 'Neighbour', 'nearest_texts', 'make_pairs', 'number_or_auto']
+           'choose_autoguidance', 'Neighbour', 'nearest_texts', 'make_pairs']
 
 # %% ../nbs/22_sampling.ipynb #e792ad0a
 import argparse, io, logging, math, os, shutil
@@ -523,7 +523,7 @@ def _kept_step(network, method, rows, must):
     return _kept[0]
 
 # %% ../nbs/22_sampling.ipynb #0e8015e3
-def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, compile='auto', autoguidance=1., **solver):
+def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, compile='auto', autoguidance=1., level=logging.INFO, **solver):
     "Batches of source rows and of where the flow takes them, (b, d) both, normalised, on the CPU"
     import torch
     if batch is None: batch = 256 if device.type == 'cpu' else 1024
@@ -539,12 +539,14 @@ def _flowed(model, device, n, stream, method='heun', steps=None, times=None, see
         with torch.no_grad(), _evaluating(model), _told(f'samples {lo} to {hi - 1} of {n}', batch):
             x, nfe, _ = solve(velocity, x0.to(device), times, method, project=getattr(flow, 'project', None), **solver)
         yield x0, x.cpu()
-    _logger.info('%s samples of %s numbers by %s: %s evaluations', f'{n:,}', f'{d:,}', method, nfe)
+    _logger.log(level, '%s samples of %s numbers by %s: %s evaluations', f'{n:,}', f'{d:,}', method, nfe)
 
 # %% ../nbs/22_sampling.ipynb #f0777224
 def _guided_by_its_own(model, autoguidance, flow):
     "The velocity of a network, pushed away from the closed form that it corrects"
-    if autoguidance == 'auto': autoguidance = choose_autoguidance(model, flow=flow)
+    if autoguidance == 'auto':
+        autoguidance = choose_autoguidance(model, flow=flow)
+        _logger.info('autoguidance %s: samples as wide as the training rows', autoguidance)
     if autoguidance == 1: return model
     if isinstance(autoguidance, str): raise bad_value('autoguidance', autoguidance, "a number above 0, or 'auto'")
     return autoguided(model, _closed_form(model, autoguidance), autoguidance)
@@ -609,12 +611,13 @@ def choose_autoguidance(
 )->float: # At least 1
     "The scale of `autoguided` at which samples are as wide as the training rows"
     from scipy.optimize import brentq
-    model, _ = _loaded(checkpoint, None)
+    import torch
+    model, device = _loaded(checkpoint, None)
     target = _total_variance(_closed_form(model, 'auto'), _described(model, flow)[1])
     @cache
     def width(scale):
-        x = sample(model, n, steps=steps, seed=seed, normalized=True, flow=flow, autoguidance=scale)
-        return math.log(x.var(0).sum().item()/target)
+        batches = _flowed(model, device, n, 'sample', steps=steps, seed=seed, flow=flow, autoguidance=scale, level=logging.DEBUG)
+        return math.log(torch.cat([x for _, x in batches]).var(0).sum().item()/target)
     if width(1.) >= 0: return 1.
     if width(most) > 0: return round(brentq(width, 1., most, xtol=0.005), 3)
     _logger.warning('samples stay narrower than the training rows up to autoguidance %s, which is used', most)
@@ -680,9 +683,11 @@ def make_pairs(
     return dict(x0=x0, x1=x1, source=source, stats=model.stats.state_dict(), seed=seed)
 
 # %% ../nbs/22_sampling.ipynb #0154ea42
-def number_or_auto(text):
+def _number_or_auto(text):
     "What `--autoguidance` takes"
-    return text if text == 'auto' else float(text)
+    if text == 'auto': return text
+    try: return float(text)
+    except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, or auto") from None
 
 def _parser():
     "The arguments of `flow_study_sample`"
@@ -703,7 +708,7 @@ def _parser():
     p.add_argument('--data-dir', metavar='DIR', help="folder of the training texts (default: the run's own)")
     p.add_argument('--label', type=int, metavar='N', help='label of the samples, for a network that is conditioned on labels')
     p.add_argument('--guidance', type=float, default=1., metavar='W', help='with --label: scale of classifier-free guidance (default 1: none)')
-    p.add_argument('--autoguidance', type=number_or_auto, default=1., metavar='W', help="scale of the push away from the network's closed form, or auto: as wide as the training rows (default 1: none)")
+    p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="scale of the push away from the network's closed form, or auto: as wide as the training rows (default 1: none)")
     p.add_argument('--device', default='cpu', metavar='NAME', help='where to compute (default %(default)s)')
     return p
 
