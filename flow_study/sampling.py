@@ -546,7 +546,7 @@ def _guided_by_its_own(model, autoguidance, flow):
     "The velocity of a network, pushed away from the closed form that it corrects"
     if autoguidance == 'auto':
         autoguidance = choose_autoguidance(model, flow=flow)
-        _logger.info('autoguidance %s: samples as wide as the training rows', autoguidance)
+        _logger.info('autoguidance %s: samples are spread like the training rows', autoguidance)
     if autoguidance == 1: return model
     if isinstance(autoguidance, str): raise bad_value('autoguidance', autoguidance, "a number above 0, or 'auto'")
     return autoguided(model, _closed_form(model, autoguidance), autoguidance)
@@ -609,24 +609,22 @@ def choose_autoguidance(
     most:float=1.5, # The largest scale that is tried
     flow=None, # As for `sample`
 )->float: # At least 1
-    "The scale of `autoguided` at which samples are as wide as the training rows"
-    from scipy.optimize import brentq
+    "The scale of `autoguided` at which samples are spread most like the training rows"
     import torch
+    from scipy.optimize import minimize_scalar
     model, device = _loaded(checkpoint, None)
-    target = _total_variance(_closed_form(model, 'auto'), _described(model, flow)[1])
+    base = _closed_form(model, 'auto')
     @cache
-    def width(scale):
+    def gap(scale):
         batches = _flowed(model, device, n, 'sample', steps=steps, seed=seed, flow=flow, autoguidance=scale, level=logging.DEBUG)
-        return math.log(torch.cat([x for _, x in batches]).var(0).sum().item()/target)
-    if width(1.) >= 0: return 1.
-    if width(most) > 0: return round(brentq(width, 1., most, xtol=0.005), 3)
-    _logger.warning('samples stay narrower than the training rows up to autoguidance %s, which is used', most)
-    return most
+        return _variance_gap(torch.cat([x for _, x in batches]), base)
+    found = minimize_scalar(gap, bounds=(1., most), method='bounded', options=dict(xatol=0.005))
+    return 1. if gap(1.) <= found.fun else round(float(found.x), 3)
 
-def _total_variance(base, dim):
-    "Of the data that a closed form believes in"
-    if not hasattr(base, 'variances'): return float(dim)
-    return (base.variances.sum() + base.rest*(dim - len(base.variances))).item()
+def _variance_gap(samples, base):
+    "The sum of squares of what is between variances of samples and those that a closed form believes in, along its axes"
+    if not hasattr(base, 'variances'): return (samples.var(0) - 1).square().sum().item()
+    return ((samples @ base.basis.cpu()).var(0) - base.variances.cpu()).square().sum().item()
 
 # %% ../nbs/22_sampling.ipynb #d8cc8830
 class Neighbour(NamedTuple):
@@ -708,7 +706,7 @@ def _parser():
     p.add_argument('--data-dir', metavar='DIR', help="folder of the training texts (default: the run's own)")
     p.add_argument('--label', type=int, metavar='N', help='label of the samples, for a network that is conditioned on labels')
     p.add_argument('--guidance', type=float, default=1., metavar='W', help='with --label: scale of classifier-free guidance (default 1: none)')
-    p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="scale of the push away from the network's closed form, or auto: as wide as the training rows (default 1: none)")
+    p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="scale of the push away from the network's closed form, or auto: spread like the training rows (default 1: none)")
     p.add_argument('--device', default='cpu', metavar='NAME', help='where to compute (default %(default)s)')
     return p
 
