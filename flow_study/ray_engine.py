@@ -250,6 +250,7 @@ def _on_node(job, order, keeper):
     if __version__ != order.version:
         raise EngineError(f'{socket.gethostname()} has flow_study {__version__}, the driver {order.version}: install the same on all nodes')
     import ray
+    signal.signal(signal.SIGINT, signal.default_int_handler) # Ray cancels by an interruption, and what was started in the background of a script inherits that it is ignored
     there = dict(node=ray.get_runtime_context().get_node_id())
     if _sees(job, order): return dict(there, code=_in_place(job, order))
     if keeper is None: raise EngineError(f'{socket.gethostname()} does not see {order.cwd}/{job.run_dir.parent}: use a folder that all nodes see, or --bring-back')

@@ -101,8 +101,11 @@ class Cluster:
 @pytest.fixture(scope='module')
 def cluster(ray):
     before = descendants(os.getpid())
-    cluster = Cluster()
-    cluster.add(3)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) # what is started in the background of a script inherits that it is ignored
+    try:
+        cluster = Cluster()
+        cluster.add(3)
+    finally: signal.signal(signal.SIGINT, handler)
     yield cluster
     left = descendants(os.getpid()) - before
     cluster.close()
