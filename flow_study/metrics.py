@@ -637,14 +637,14 @@ def _paths(s, n, method, steps, seed):
     "Straightness and normalised energy of the paths of a run, and of the shrunk Gaussian beside it"
     from flow_study.closed_form import ShrunkGaussianVelocity, some_rows
     from flow_study.draws import keyed_generator
-    from flow_study.sampling import autoguided, conditioned
+    from flow_study.sampling import _guided_by_its_own, conditioned
     target = some_rows(s.train.x, n)
     x0 = s.flow.source(target, keyed_generator(seed, 'metrics/x0'))
     w2 = exact_w2(x0, target)**2
     null = dict(zero=dict(path_straightness=math.nan, path_energy=0., normalised_path_energy=1.))
     if s.flow.marginal is not None: null['shrunk_gaussian'] = _path_of(ShrunkGaussianVelocity.fit(s.train.x, s.flow.marginal), x0, method, steps, w2)
     told = s.conditions(n)
-    velocity = s.model if s.autoguidance == 1 else autoguided(s.model, s.model.base, s.autoguidance)
+    velocity = _guided_by_its_own(s.model, s.autoguidance, s.flow)
     if told is not None: velocity = conditioned(velocity, told)
     return dict(_path_of(velocity, x0, method, steps, w2), w2_squared=w2, rows=n, null=null)
 
@@ -701,9 +701,9 @@ def _checked(s, n, method, steps, draws):
 
 def _scale(s, autoguidance):
     "The scale of autoguidance that is meant; refused where there is no closed form to be guided away from"
-    from flow_study.sampling import choose_autoguidance, sample
+    from flow_study.sampling import _guided_by_its_own, choose_autoguidance
     if autoguidance == 'auto': return choose_autoguidance(s.model, flow=s.flow)
-    if autoguidance != 1: sample(s.model, 1, steps=1, flow=s.flow, normalized=True, autoguidance=autoguidance)
+    _guided_by_its_own(s.model, autoguidance, s.flow)
     return autoguidance
 
 def _described(s, split):
