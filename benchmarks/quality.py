@@ -49,7 +49,7 @@ ROWS = {split: {
     'mamba, tiny': dict(arch='mamba', size='tiny'),
     'mlp-plain': dict(arch='mlp-plain', net_dropout=None),
 } for split, lr in {'1k': 1e-3, '10k': 5e-4}.items()}
-# One choice at a time, for the first seed
+# One choice at a time, for the first seed, on the first data set of a size
 CHOICES = {'1k': {
     'mlp, tiny': dict(size='tiny'),
     'mlp, no precond': dict(precond='none'),
@@ -73,13 +73,13 @@ CHOICES = {'1k': {
 }}
 
 
-def data_sets(args):
-    "Name to folder and split, of the data that are there"
+def data_sets(args, every=False):
+    "Name to folder and split, of the data that are there and, unless `every`, asked for"
     corpus = Path(args.out)/'corpus'
     if not (corpus/'normalization_stats.pt').exists(): build_corpus(corpus, sizes=('1k', '10k'))
     found = {'corpus-1k': (corpus, '1k'), 'corpus-10k': (corpus, '10k')}
     if (Path(args.sonar)/'splits'/'1k').is_dir(): found = {'sonar-1k': (Path(args.sonar), '1k')} | found
-    return {k: v for k, v in found.items() if not args.data or k in args.data}
+    return {k: v for k, v in found.items() if every or not args.data or k in args.data}
 
 
 def plan(args):
@@ -90,7 +90,8 @@ def plan(args):
         return TrainingConfig(flow='icfm', dataset=split, group='quality', seed=seed, data_dir=str(folder), checkpoint_dir=str(Path(args.out)/'runs'),
                               name=f"{data}-{row.replace(', ', '-').replace(' ', '-')}-s{seed}", **kw)
     rows = [(data, row, seed, change) for data, (_, split) in data_sets(args).items() for row, change in ROWS[split].items() for seed in SEEDS]
-    rows += [(data, row, SEEDS[0], change) for data, (_, split) in data_sets(args).items() for row, change in CHOICES[split].items()]
+    first = dict(reversed([(split, data) for data, (_, split) in data_sets(args, every=True).items()]))
+    rows += [(data, row, SEEDS[0], change) for data, (_, split) in data_sets(args).items() if first[split] == data for row, change in CHOICES[split].items()]
     wanted = lambda row: not args.rows or row in args.rows
     return [(data, row, seed, config(data, row, seed, change)) for data, row, seed, change in rows if wanted(row) and (not args.seeds or seed in args.seeds)]
 
@@ -196,13 +197,26 @@ def sample_lines(row, split, samples):
     "What `evaluate` said of the samples of a network"
     if not samples: return []
     lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows, with 95 % intervals; in brackets the shrunk Gaussian's samples, and the floor: real rows.\n",
-             '| seed | autoguidance | loss | gain | energy distance | 1-NN accuracy | of real rows less of samples | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|']
+             '| seed | autoguidance | loss | gain | energy distance | 1-NN accuracy | of real rows, of samples | distance of both to ½ | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|---|']
     cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) [{m['null']['shrunk_gaussian']['value']:.3f}; {m['floor']:.3f}]"
     for s in samples:
-        g = s['run']['paired_gain']
-        cells = [cell(s['samples'][k]) for k in ('energy_distance', 'nn_accuracy', 'nn_asymmetry', 'coverage', 'memorisation', 'copies')]
+        g, found = s['run']['paired_gain'], s['samples']
+        cells = [cell(found['energy_distance']), cell(found['nn_accuracy']), *apart(found['nn_accuracy'], found['nn_asymmetry']), *(cell(found[k]) for k in ('coverage', 'memorisation', 'copies'))]
         lines.append(f"| {s['seed']} | {s['autoguidance']:.3g} | {s['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
     return lines
+
+
+def apart(accuracy, asymmetry):
+    """Cells: the 1-NN accuracy of real rows and of samples, and the mean distance of the two to one half, in which opposite errors do not cancel.
+    The mean of |a + s/2 - 1/2| and |a - s/2 - 1/2| is the larger one of |a - 1/2| and |s|/2; its interval is made of theirs, and too wide rather than too narrow"""
+    value = lambda m: dict(run=m['value'], null=m['null']['shrunk_gaussian']['value'], floor=m['floor'])
+    tables = {k: (value(accuracy)[k], value(asymmetry)[k]) for k in ('run', 'null', 'floor')}
+    both = {k: f'{a + s/2:.2f}, {a - s/2:.2f}' for k, (a, s) in tables.items()}
+    far = {k: max(abs(a - 0.5), abs(s)/2) for k, (a, s) in tables.items()}
+    ends = [(m['low'] - shift, m['high'] - shift, scale) for m, shift, scale in ((accuracy, 0.5, 1), (asymmetry, 0, 0.5))]
+    low = max(scale*max(lo, -hi, 0) for lo, hi, scale in ends)
+    high = max(scale*max(-lo, hi) for lo, hi, scale in ends)
+    return [f"{both['run']} [{both['null']}; {both['floor']}]", f"{far['run']:.3f} ({low:.3f} to {high:.3f}) [{far['null']:.3f}; {far['floor']:.3f}]"]
 
 
 def main():

@@ -8,12 +8,12 @@ RUN = Path('study/checkpoints/simple-icfm-1k-none') # Where it lies, seen from t
 ENV = dict(WANDB_MODE='disabled', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONUNBUFFERED='1')
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=60, every=0.005):
     "Ask again and again until the answer is true; give it"
     end = time.monotonic() + seconds
     while not (answer := condition()):
         assert time.monotonic() < end, f'not within {seconds} s'
-        time.sleep(0.005)
+        time.sleep(every)
     return answer
 
 
@@ -25,12 +25,12 @@ class Script:
         self.process = subprocess.Popen([sys.executable, *script, *map(str, options)], stdout=self.out, stderr=self.err, env=env)
         self.pid = self.process.pid
 
-    def until(self, condition, seconds=60):
+    def until(self, condition, seconds=60, every=0.005):
         "Wait until a condition holds; the process must live that long"
         def look():
             assert self.process.poll() is None, f'ended early: {self.said()}'
             return condition()
-        return until(look, seconds)
+        return until(look, seconds, every)
 
     def said(self): return tuple(Path(f.name).read_text() for f in (self.out, self.err))
     def printed(self, text): return self.until(lambda: text in self.said()[0])

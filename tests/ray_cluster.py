@@ -1,0 +1,123 @@
+"""A cluster of Ray for tests, in processes of their own, and a study to carry out on it."""
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from faults import Script, until
+from flow_study.ray_engine import _on_loopback
+from flow_study.rundir import is_alive, process_start, read_status, this_process
+
+EPOCHS = 150 # So many that a run which is published from time to time is seen under way on a quick machine too
+GRID = f'--group s --arch simple --flow icfm,otcfm --dataset 1k --epochs {EPOCHS} --patience {EPOCHS} --batch-size 64 --lr 1e-2 --warmup-steps 5 --device cpu --checkpoint-seconds 0.1'.split()
+EVAL = '--eval-n 200 --eval-steps 3 --eval-draws 20 --seeds 3 --no-measure --no-test'.split()
+NAMES = [f'simple-{flow}-1k-none{seed}' for seed in ('', '-s43', '-s44') for flow in ('icfm', 'otcfm')]
+RUNS, REPORT = Path('study/checkpoints'), Path('study/reports/s')
+SWEEP = ('-m', 'flow_study.study')
+
+
+@pytest.fixture(scope='module')
+def ray():
+    "Ray with a token and a folder of its own, so that nothing is left behind"
+    if find_spec('ray') is None: pytest.skip("Ray is not installed: pip install -e '.[ray]'")
+    folder = Path(tempfile.mkdtemp(prefix='rt-', dir='/tmp')) # paths of sockets must be short
+    (folder/'ray').mkdir()
+    with pytest.MonkeyPatch.context() as m:
+        for k, v in dict(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED='0', RAY_TMPDIR=str(folder), TMPDIR=str(folder)).items(): m.setenv(k, v)
+        import ray  # reads them
+        yield ray
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def stat(pid):
+    "State, parent and group of a process"
+    try: fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError: return None
+    return fields[0], int(fields[1]), int(fields[2])
+
+
+def descendants(pid):
+    "All processes below one, with their starts: together these name them for good"
+    parents = {int(p.name): s[1] for p in Path('/proc').iterdir() if p.name.isdecimal() and (s := stat(p.name))}
+    below = {pid}
+    while new := {p for p, parent in parents.items() if parent in below} - below: below |= new
+    return {(p, process_start(p)) for p in below - {pid}}
+
+
+def gone(processes): return not any(start is not None and is_alive({**this_process(), 'pid': p, 'start': start}) for p, start in processes)
+
+
+class Cluster:
+    "Three nodes: a head without processors, which is where the driver is, and two with one each"
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+        quick = dict(health_check_period_ms=500, health_check_failure_threshold=12, health_check_initial_delay_ms=0)
+        with _on_loopback(): self.cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, _system_config=quick, no_monitor=True, **self.small()))
+        self.address, self.nodes = self.cluster.address, []
+
+    def small(self): return dict(object_store_memory=80_000_000, include_log_monitor=False, include_dashboard=False)
+
+    def add(self, n=1, **more):
+        with _on_loopback():
+            for _ in range(n): self.nodes.append(self.cluster.add_node(wait=False, **{**dict(num_cpus=1), **self.small(), **more}))
+        self.cluster.wait_for_nodes()
+        return self.nodes[-1]
+
+    def raylet(self, node): return node.all_processes['raylet'][0].process.pid
+
+    def workers(self, node):
+        "Processes on a node that carry out runs, the runs among them"
+        return descendants(self.raylet(node))
+
+    def kill(self, node):
+        "As when the power fails: everything of a node at once"
+        below = self.workers(node)
+        raylet = self.raylet(node)
+        for pid in [raylet, *(p for p, _ in below)]:
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+        return below
+
+    def close(self):
+        self.cluster.shutdown()
+
+
+@pytest.fixture(scope='module')
+def cluster(ray):
+    before = descendants(os.getpid())
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) # what is started in the background of a script inherits that it is ignored
+    try:
+        cluster = Cluster()
+        cluster.add(2)
+    finally: signal.signal(signal.SIGINT, handler)
+    yield cluster
+    left = descendants(os.getpid()) - before
+    cluster.close()
+    until(lambda: gone(left), 90, 0.1)  # no orphan
+
+
+@pytest.fixture
+def sweep(place):
+    "Start the script in a process, which ends with the test at the latest"
+    started = []
+    def start(*options):
+        started.append(Script(*GRID, *EVAL, '--engine', 'ray', *options, script=SWEEP))
+        return started[-1]
+    yield start
+    for s in started: s.close()
+
+
+def training(name):
+    "The process of a run that is well under way; None otherwise"
+    status = read_status(RUNS/name)
+    return status['process'] if status.get('state') == 'running' and 5 < status.get('epoch', 0) < EPOCHS - 20 and status['alive'] and (RUNS/name/'last.pt').exists() else None
+
+
+def under_way(): return {k: training(k) for k in NAMES if training(k)}
