@@ -19,6 +19,7 @@ EVAL = '--eval-n 200 --eval-steps 3 --eval-draws 20 --seeds 3 --no-measure --no-
 NAMES = [f'simple-{flow}-1k-none{seed}' for seed in ('', '-s43', '-s44') for flow in ('icfm', 'otcfm')]
 RUNS, REPORT = Path('study/checkpoints'), Path('study/reports/s')
 SWEEP = ('-m', 'flow_study.study')
+TOKEN = secrets.token_hex(32) # One for all files: a process that has used Ray goes on with the token it had first
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +29,7 @@ def ray():
     folder = Path(tempfile.mkdtemp(prefix='rt-', dir='/tmp')) # paths of sockets must be short
     (folder/'ray').mkdir()
     with pytest.MonkeyPatch.context() as m:
-        for k, v in dict(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED='0', RAY_TMPDIR=str(folder), TMPDIR=str(folder)).items(): m.setenv(k, v)
+        for k, v in dict(RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=TOKEN, RAY_USAGE_STATS_ENABLED='0', RAY_TMPDIR=str(folder), TMPDIR=str(folder)).items(): m.setenv(k, v)
         import ray  # reads them
         yield ray
     shutil.rmtree(folder, ignore_errors=True)
