@@ -1,90 +1,74 @@
-"""Many machines: a node and a driver are killed, with run directories in place and brought back, and the leaderboard is what it would have been."""
-import csv
-import io
-import os
-import shutil
-import signal
-import threading
+"""The engine ray, run directories in place: a node and a driver are killed, what is asked for and what there is, stopping."""
 import time
-from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from faults import Script, until
-from flow_study.rundir import FINAL, read_status
-from ray_cluster import EPOCHS, EVAL, GRID, NAMES, REPORT, RUNS, SWEEP, cluster, gone, ray, stat, sweep, under_way
+from faults import until
+from flow_study.engines import run_state
+from flow_study.ray_engine import _on_loopback
+from flow_study.rundir import acquire_lock, process_start, read_status, request
+from flow_study.study import Study
+from ray_cluster import REPORT, RUNS, a_node_and_the_driver_are_killed, cluster, gone, local, ray, sweep
+
+
+def test_a_node_and_the_driver_are_killed(cluster, local, sweep): a_node_and_the_driver_are_killed(False, cluster, local, sweep)
 
 
 @pytest.fixture(scope='module')
-def local(small_data, tmp_path_factory):
-    "The leaderboard of the same study by the local engine"
-    folder = tmp_path_factory.mktemp('local')
-    shutil.copytree(small_data, folder/'place')
-    with pytest.MonkeyPatch.context() as m:
-        m.chdir(folder/'place')
-        study = Script(*GRID, *EVAL, script=SWEEP)
-        code, out, err = study.end(300)
-        study.close()
-        assert (code, err) == (0, ''), err
-        return board()
+def connected(ray, cluster):
+    "One connection for several studies, so that they find its workers ready"
+    with _on_loopback(): ray.init(address=cluster.address, log_to_driver=False, logging_level='ERROR')
+    yield cluster
+    ray.shutdown()
 
 
-def board():
-    "The leaderboard on disk, without the columns of time"
-    rows = list(csv.DictReader(io.StringIO((REPORT/'leaderboard.csv').read_text())))
-    return [{k: v for k, v in r.items() if not k.startswith('time_')} for r in rows]
+def study(cluster, **changes):
+    "A study from Python on the cluster"
+    given = dict(seeds=1, engine='ray', evaluation=dict(n=200, steps=3, draws=20), options=dict(device='cpu', wandb_mode='disabled'))
+    grid = dict(arch='simple', flow='icfm', dataset='1k', epochs=2, batch_size=64, lr=1e-2, warmup_steps=5)
+    options = dict(address=cluster.address, **changes.pop('engine_options', {}))
+    return Study('s', {**grid, **changes.pop('grid', {})}, **{**given, **changes}, engine_options=options)
 
 
-class Watch(threading.Thread):
-    "Looks all the time whether a published run is whole"
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.over, self.seen, self.wrong = False, Counter(), []
-
-    def run(self):
-        from flow_study.checkpoint import read_checkpoint
-        while not self.over:
-            for run in map(RUNS.absolute().joinpath, NAMES):
-                final = read_status(run).get('state') in FINAL  # asked first: what is final now has its checkpoint already
-                try: state = read_checkpoint(run/'last.pt')
-                except ValueError as e:
-                    if (run/'last.pt').exists() and 'cannot be read' not in str(e): self.wrong.append(str(e))
-                    continue
-                if state['metrics_bytes'] and (run/'metrics.jsonl').stat().st_size < state['metrics_bytes']: self.wrong.append(f'{run}: metrics behind the checkpoint')
-                if final and state['progress']['epoch'] < EPOCHS: self.wrong.append(f'{run}: final before its checkpoint')
-                self.seen[run.name] += 1
-            time.sleep(0.5)
+def test_a_run_that_fails_by_itself_is_not_handed_out_again(connected, place):
+    found = study(connected, grid=dict(batch_size=[64, 5000])).run(measure=False, test=False)
+    assert [r['state'] for r in found.runs] == ['done', 'new'] and 'batch_size=5000' in found.runs[1]['reason']
+    log = (REPORT/'logs'/f"{found.runs[1]['run']}.log").read_text()
+    assert log.count('GPU Device') == 1
 
 
-@pytest.mark.parametrize('bring_back', [False, True], ids=['in place', 'brought back'])
-def test_a_node_and_the_driver_are_killed(bring_back, cluster, local, sweep):
-    "The leaderboard is that of the local engine, whose study nobody disturbed"
-    how = dict(address=f'"{cluster.address}"', bring_back=str(bring_back).lower(), publish_seconds=0.2)
-    Path('s.toml').write_text('name = "s"\n[grid]\narch = "simple"\nflow = "icfm"\ndataset = "1k"\n[engine_options]\n' + '\n'.join(f'{k} = {v}' for k, v in how.items()))
-    options = ['--study', 's.toml']
-    first, watch = sweep(*options), Watch()
-    watch.start()
-    try:
-        (name, process), *_ = first.until(under_way, 300, 0.02).items()
-        node, = [n for n in cluster.nodes if process['pid'] in {p for p, _ in cluster.workers(n)}]
-        cluster.kill(node)
-        first.until(lambda: 'handed out again, 1 of 3' in first.said()[0], 180, 0.05)
-        first.until(lambda: set(under_way()) - {name} or 'done' in first.said()[0], 300, 0.02)
-        below = {p for n in cluster.nodes for p in cluster.workers(n) if stat(p[0]) and Path(f'/proc/{p[0]}/cmdline').read_bytes().find(b'forkserver') >= 0}
-        first.send(signal.SIGKILL)
-        first.process.wait(30)
-        assert below
-        until(lambda: gone(below), 90, 0.1)
-        cluster.add()
-        code, out, err = sweep(*options).end(240)
-        assert (code, err) == (0, ''), err
-    finally:
-        watch.over = True
-        watch.join()
-    assert watch.wrong == [] and len(watch.seen) == len(NAMES)
-    assert {k: read_status(RUNS/k)['state'] for k in NAMES} == dict.fromkeys(NAMES, 'finished')
-    assert read_status(RUNS/name)['generation'] > 1  # it went on elsewhere, and not from its beginning
-    assert board() == local
-    assert not list(RUNS.glob('*/lock')) and not list(RUNS.glob('.driver-*')) and not [f for k in NAMES for f in (RUNS/k).glob('.*')]
-    assert not list(Path(os.environ['TMPDIR']).glob('flow_study-nodes-*/*/data'))
+def test_what_there_is_no_room_for(connected, place):
+    for options, said in ((dict(resources=dict(gpu_1=1)), 'takes CPU 1, gpu_1 1; there are: (nothing; |CPU 1; )+(nothing|CPU 1)'), (dict(cpus=7), 'takes CPU 7'), (dict(gpus=0.5), 'takes CPU 1, GPU 0.5')):
+        with pytest.raises(RuntimeError, match=f'no node has room for a run, which {said}'): study(connected, engine_options=options).run(measure=False)
+    assert not RUNS.exists()
+
+
+def test_gpu_1_only_is_a_label(connected, place, monkeypatch):
+    "Ray gives the run the GPU of the node with the label"
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '1')
+    node = connected.add(num_gpus=1, resources=dict(gpu_1=1))
+    pid = connected.raylet(node)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    one = study(connected, options=dict(device='auto', wandb_mode='disabled'), engine_options=dict(gpus=0.5, resources=dict(gpu_1=0.5)))
+    assert one._engine().slots == 1 # half a GPU, but one processor
+    assert [r['state'] for r in one.run(measure=False, test=False).runs] == ['done']
+    assert "asked: CUDA_VISIBLE_DEVICES='1', set before and kept" in (REPORT/'logs'/f'{one.configs[0].run_name}.log').read_text()
+    connected.kill(node)
+    until(lambda: gone({(pid, process_start(pid))}))
+
+
+def test_stopping_in_good_order_and_requests_reach_a_run_that_is_brought_back(connected, place):
+    one = study(connected, grid=dict(epochs=100_000, patience=100_000, compile='off'), engine_options=dict(bring_back=True, publish_seconds=0.2))
+    run, events = one.configs[0].run_dir, one._engine().execute([one.job(c) for c in one.configs])
+    def until_state(state, seconds=60):
+        end = time.monotonic() + seconds
+        while read_status(run).get('state') != state or not read_status(run)['epoch']:
+            next(events)
+            assert time.monotonic() < end
+    until_state('running')
+    assert run_state(one.job(one.configs[0])) == 'live'
+    request(run, 'pause')
+    until_state('paused')
+    with pytest.raises(OSError, match='is being written by process'): acquire_lock(run)
+    events.close()
+    assert read_status(run)['state'] == 'interrupted' and run_state(one.job(one.configs[0])) == 'resume' and not (run/'lock').exists()
