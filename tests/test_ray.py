@@ -1,4 +1,4 @@
-"""The engine ray, run directories in place: a node and a driver are killed, what is asked for and what there is, stopping."""
+"""The engine ray, run directories in place: a node that is killed, what is asked for and what there is, stopping."""
 import time
 
 import pytest
@@ -8,10 +8,10 @@ from flow_study.engines import run_state
 from flow_study.ray_engine import _on_loopback
 from flow_study.rundir import acquire_lock, process_start, read_status, request
 from flow_study.study import Study
-from ray_cluster import REPORT, RUNS, a_node_and_the_driver_are_killed, cluster, gone, local, ray, sweep
+from ray_cluster import REPORT, RUNS, a_node_is_killed, cluster, gone, local, ray, sweep
 
 
-def test_a_node_and_the_driver_are_killed(cluster, local, sweep): a_node_and_the_driver_are_killed(False, cluster, local, sweep)
+def test_a_node_is_killed(cluster, local, sweep): a_node_is_killed(cluster, local, sweep, bring_back=False, driver_too=False)
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ import pytest
 from faults import until
 from flow_study.rundir import read_status
 from flow_study.study import main
-from ray_cluster import EVAL, GRID, NAMES, RUNS, a_node_and_the_driver_are_killed, cluster, descendants, gone, local, ray, stat, sweep, under_way
+from ray_cluster import EVAL, GRID, NAMES, RUNS, a_node_is_killed, cluster, descendants, gone, local, ray, stat, sweep, under_way
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def listening(pids):
 def test_a_cluster_of_our_own_is_private_and_ends_with_its_driver(ray, ending, place, sweep):
     "It listens on the loopback interface only, and a killed driver leaves no process behind; the same command goes on at once"
     first = sweep('--workers', '1')
-    first.until(under_way, 300, 0.05)
+    first.until(under_way, 300, 0.1)
     below = descendants(first.pid)
     assert listening(p for p, _ in below) == {'0100007F', '0000000000000000FFFF00000100007F'}
     assert not [p for p, _ in below if stat(p) and b'usage_stats_enabled=true' in Path(f'/proc/{p}/cmdline').read_bytes().lower()]
@@ -43,7 +43,7 @@ def test_a_cluster_of_our_own_is_private_and_ends_with_its_driver(ray, ending, p
     first.process.wait(30)
     ending |= below
     second = sweep('--workers', '1')
-    second.until(lambda: {p['pid'] for p in under_way().values()} & {p for p, _ in descendants(second.pid)}, 300, 0.05)
+    second.until(lambda: {p['pid'] for p in under_way().values()} & {p for p, _ in descendants(second.pid)}, 300, 0.2)
     below = descendants(second.pid)
     second.send(signal.SIGTERM)
     code, out, err = second.end(90)
@@ -52,7 +52,8 @@ def test_a_cluster_of_our_own_is_private_and_ends_with_its_driver(ray, ending, p
     assert {read_status(RUNS/k)['state'] for k in NAMES if (RUNS/k).exists()} <= {'finished', 'interrupted'}
 
 
-def test_a_node_and_the_driver_are_killed_while_runs_are_brought_back(cluster, local, sweep): a_node_and_the_driver_are_killed(True, cluster, local, sweep)
+def test_a_node_and_the_driver_are_killed_while_runs_are_brought_back(cluster, local, sweep):
+    a_node_is_killed(cluster, local, sweep, bring_back=True, driver_too=True)
 
 
 @pytest.mark.parametrize('options, code, said', [
