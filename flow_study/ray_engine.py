@@ -270,13 +270,13 @@ def _in_place(job, order):
 
 # %% ../nbs/33_ray_engine.ipynb #d564f023
 def _in_fork(job, order, look=lambda process: None):
-    "Carry out a job in a process of its own; gives its exit code. `look` is called every second"
+    "Carry out a job in a process of its own; gives its exit code. `look` is called every second, or as often as is published"
     process = None
     try:
         with _without_main():
             process = _context(job.threads).Process(target=_work, args=([job], _environ() | order.environ | _gpus_seen(order)), name=job.run_dir.name)
             process.start()
-        while not wait([process.sentinel], timeout=1.): look(process)
+        while not wait([process.sentinel], timeout=min(1., order.publish_seconds)): look(process)
         process.join()
         return process.exitcode
     except BaseException:  # Ray cancels a task by an interruption

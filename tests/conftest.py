@@ -12,7 +12,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = ('test_ray.py', 'test_ray_brought_back.py', 'test_browser.py', 'test_study.py', 'test_kill.py') # Files of minutes, longest first
+LONG = ('test_ray_brought_back.py', 'test_ray.py', 'test_ray_own_cluster.py', 'test_browser.py', 'test_study.py', 'test_kill.py') # Files of minutes, longest first
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,6 @@
 """A cluster of Ray for tests, in processes of their own, and a study to carry out on it."""
 import csv
 import io
-import json
 import os
 import secrets
 import shutil
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from faults import Script, until
-from flow_study.files import publish_json
+from faults import Script, lines, same_state, until
 from flow_study.ray_engine import _on_loopback
 from flow_study.rundir import FINAL, is_alive, process_start, read_status, this_process
 
-EPOCHS = 150 # So many that a run which is published from time to time is seen under way on a quick machine too
+EPOCHS = 60 # So many that a run which is published from time to time is seen under way on a quick machine too
 GRID = f'--group s --arch simple --flow icfm,otcfm --dataset 1k --epochs {EPOCHS} --patience {EPOCHS} --batch-size 64 --lr 1e-2 --warmup-steps 5 --device cpu --checkpoint-seconds 0.1'.split()
 EVAL = '--eval-n 200 --eval-steps 3 --eval-draws 20 --seeds 3 --no-measure --no-test'.split()
 NAMES = [f'simple-{flow}-1k-none{seed}' for seed in ('', '-s43', '-s44') for flow in ('icfm', 'otcfm')]
@@ -61,20 +59,24 @@ def gone(processes): return not any(start is not None and is_alive({**this_proce
 
 
 class Cluster:
-    "Three nodes: a head without processors, which is where the driver is, and two with one each"
+    "Three nodes: a head without processors, which is where the driver is, and two with one each, the second with a GPU that it says is number 1"
     def __init__(self):
         from ray.cluster_utils import Cluster
         quick = dict(health_check_period_ms=500, health_check_failure_threshold=12, health_check_initial_delay_ms=0)
         with _on_loopback(): self.cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, _system_config=quick, no_monitor=True, **self.small()))
-        self.address, self.nodes = self.cluster.address, []
+        self.address, self.nodes = self.cluster.address, {}
 
     def small(self): return dict(object_store_memory=80_000_000, include_log_monitor=False, include_dashboard=False)
 
-    def add(self, n=1, **more):
+    def add(self, gpus=(None,)):
+        "Nodes, each with its GPU if it has one"
         with _on_loopback():
-            for _ in range(n): self.nodes.append(self.cluster.add_node(wait=False, **{**dict(num_cpus=1), **self.small(), **more}))
+            for gpu in gpus:
+                has = {} if gpu is None else dict(num_gpus=1, resources={f'gpu_{gpu}': 1})
+                with pytest.MonkeyPatch.context() as m:
+                    m.setenv('CUDA_VISIBLE_DEVICES', '' if gpu is None else str(gpu))
+                    self.nodes[self.cluster.add_node(wait=False, num_cpus=1, **has, **self.small())] = gpu
         self.cluster.wait_for_nodes()
-        return self.nodes[-1]
 
     def raylet(self, node): return node.all_processes['raylet'][0].process.pid
 
@@ -83,15 +85,14 @@ class Cluster:
         return descendants(self.raylet(node))
 
     def kill(self, node):
-        "As when the power fails: everything of a node at once"
+        "As when the power fails: everything of a node at once; gives its GPU"
         below = self.workers(node)
         raylet = self.raylet(node)
         for pid in [raylet, *(p for p, _ in below)]:
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
-        self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
-        return below
+        return self.nodes.pop(node)
 
     def close(self):
         self.cluster.shutdown()
@@ -103,7 +104,7 @@ def cluster(ray):
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) # what is started in the background of a script inherits that it is ignored
     try:
         cluster = Cluster()
-        cluster.add(2)
+        cluster.add([None, 1])
     finally: signal.signal(signal.SIGINT, handler)
     yield cluster
     left = descendants(os.getpid()) - before
@@ -125,7 +126,7 @@ def sweep(place):
 def training(name):
     "The process of a run that is well under way; None otherwise"
     status = read_status(RUNS/name)
-    return status['process'] if status.get('state') == 'running' and 5 < status.get('epoch', 0) < EPOCHS - 20 and status['alive'] and (RUNS/name/'last.pt').exists() else None
+    return status['process'] if status.get('state') == 'running' and 1 < status.get('epoch', 0) < EPOCHS - 15 and status['alive'] and (RUNS/name/'last.pt').exists() else None
 
 
 def under_way(): return {k: process for k in NAMES if (process := training(k))}
@@ -133,39 +134,41 @@ def under_way(): return {k: process for k in NAMES if (process := training(k))}
 
 @pytest.fixture(scope='module')
 def local(small_data, tmp_path_factory):
-    "The leaderboard of the same study by the local engine; one test process makes it, the others read it"
-    folder = tmp_path_factory.getbasetemp()
-    if 'PYTEST_XDIST_WORKER' in os.environ: folder = folder.parent # which all of a session share
-    folder = folder/'ray-local'
-    try: folder.mkdir()
-    except FileExistsError: return until(lambda: (folder/'done').exists() and json.loads((folder/'done').read_text()), 300, 0.1)
-    shutil.copytree(small_data, folder/'place')
-    with pytest.MonkeyPatch.context() as m:
-        m.chdir(folder/'place')
-        study = Script(*GRID, *EVAL, script=SWEEP)
-        code, out, err = study.end(300)
-        study.close()
+    "Carry out the same study by the local engine, or wait for the test process that does; gives its folder"
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
+    def carry_out():
+        folder = shared/'ray-local'
+        try: folder.mkdir()
+        except FileExistsError: return until(lambda: (folder/'done').exists() and folder, 300, 0.1)
+        shutil.copytree(small_data, folder, dirs_exist_ok=True)
+        with pytest.MonkeyPatch.context() as m:
+            m.chdir(folder)
+            study = Script(*GRID, *EVAL, script=SWEEP)
+            code, out, err = study.end(300)
+            study.close()
         assert (code, err) == (0, ''), err
-        publish_json(folder/'done', board())
-        return board()
+        (folder/'done').touch()
+        return folder
+    return carry_out
 
 
-def board():
+def board(place=Path()):
     "The leaderboard on disk, without the columns of time"
-    rows = list(csv.DictReader(io.StringIO((REPORT/'leaderboard.csv').read_text())))
+    rows = csv.DictReader(io.StringIO((place/REPORT/'leaderboard.csv').read_text()))
     return [{k: v for k, v in r.items() if not k.startswith('time_')} for r in rows]
 
 
 class Watch(threading.Thread):
     "Looks all the time whether a published run is whole"
-    def __init__(self):
+    def __init__(self, names):
         super().__init__(daemon=True)
-        self.over, self.seen, self.wrong = False, Counter(), []
+        self.runs, self.over, self.seen, self.wrong = [(RUNS/k).absolute() for k in names], False, Counter(), []
 
     def run(self):
         from flow_study.checkpoint import read_checkpoint
         while not self.over:
-            for run in map(RUNS.absolute().joinpath, NAMES):
+            for run in self.runs:
                 final = read_status(run).get('state') in FINAL  # asked first: what is final now has its checkpoint already
                 try: state = read_checkpoint(run/'last.pt')
                 except ValueError as e:
@@ -188,28 +191,31 @@ def _driver_killed(first, cluster, name, again):
     return again()
 
 
-def a_node_is_killed(cluster, local, sweep, bring_back, driver_too):
-    "And the driver, if it is to be: the leaderboard is that of the local engine, whose study nobody disturbed"
+def a_node_is_killed(cluster, local, sweep, seeds, bring_back, driver_too):
+    "And the driver, if it is to be: every run ends as by the local engine, whose study nobody disturbed"
+    names = NAMES[:2*seeds]
     how = dict(address=f'"{cluster.address}"', bring_back=str(bring_back).lower(), publish_seconds=0.2)
     Path('s.toml').write_text('name = "s"\n[grid]\narch = "simple"\nflow = "icfm"\ndataset = "1k"\n[engine_options]\n' + '\n'.join(f'{k} = {v}' for k, v in how.items()))
-    options = ['--study', 's.toml']
-    first, watch = sweep(*options), Watch()
+    options = ['--study', 's.toml', '--seeds', seeds]
+    first, watch = sweep(*options), Watch(names)
     watch.start()
     try:
         (name, process), *_ = first.until(under_way, 300, 0.1).items()
         node, = [n for n in cluster.nodes if process['pid'] in {p for p, _ in cluster.workers(n)}]
-        cluster.kill(node)
+        gpu = cluster.kill(node)
         first.until(lambda: 'handed out again, 1 of 3' in first.said()[0], 180, 0.1)
         last = _driver_killed(first, cluster, name, lambda: sweep(*options)) if driver_too else first
-        cluster.add()
+        cluster.add([gpu])
         code, out, err = last.end(240)
         assert (code, err) == (0, ''), err
     finally:
         watch.over = True
         watch.join()
-    assert watch.wrong == [] and len(watch.seen) == len(NAMES)
-    assert {k: read_status(RUNS/k)['state'] for k in NAMES} == dict.fromkeys(NAMES, 'finished')
+    assert watch.wrong == [] and len(watch.seen) == len(names)
+    assert {k: read_status(RUNS/k)['state'] for k in names} == dict.fromkeys(names, 'finished')
     assert read_status(RUNS/name)['generation'] > 1  # it went on elsewhere, and not from its beginning
-    assert board() == local
-    assert not list(RUNS.glob('*/lock')) and not list(RUNS.glob('.driver-*')) and not [f for k in NAMES for f in (RUNS/k).glob('.*')]
+    assert not list(RUNS.glob('*/lock')) and not list(RUNS.glob('.driver-*')) and not [f for k in names for f in (RUNS/k).glob('.*')]
     assert not list(Path(os.environ['TMPDIR']).glob('flow_study-nodes-*/*/data'))
+    undisturbed = local()
+    for k in names: assert same_state(RUNS/k/'last.pt', undisturbed/RUNS/k/'last.pt') and lines(RUNS/k) == lines(undisturbed/RUNS/k)
+    assert names != NAMES or board() == board(undisturbed)
