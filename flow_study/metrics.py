@@ -470,7 +470,7 @@ def _judged(metric, name, measured):
     passed_by = [k for k, v in nulls.items() if not _worse(metric.better, v - floor)]
     values = lambda m: dict(value=m.value, low=m.low, high=m.high)
     return dict(values(run), gap=values(run - floor), floor=floor.value, floor_low=floor.low, floor_high=floor.high, better=metric.better, judged_by=list(metric.nulls),
-                null={k: values(v) for k, v in nulls.items()}, passed_by=passed_by,
+                null={k: dict(values(v), difference=values(run - v)) for k, v in nulls.items()}, passed_by=passed_by,
                 uninformative=any(k in metric.nulls for k in passed_by), at_floor=not _worse(metric.better, run - floor),
                 beats=[k for k, v in nulls.items() if _nearer(metric.better, run, v, floor)])
 
@@ -551,6 +551,7 @@ class _Subject(NamedTuple):
     train:object # Training rows
     held:object # Held-out rows
     autoguidance:float = 1. # Scale with which its samples are drawn
+    offset:object = False # What is taken off its velocity, an `Offset`
 
     def conditions(self, n):
         "The conditions of some training rows, in which every kind has its share; None for a network that takes none"
@@ -628,7 +629,7 @@ def _draw(s, n, method, steps, seed):
     from flow_study.sampling import sample
     calls = []
     hook = s.model.register_forward_pre_hook(lambda *args: calls.append(1))
-    try: x = sample(s.model, n, method, None if method == 'dopri5' else steps, seed, batch=n, normalized=True, flow=s.flow, cond=s.conditions(n), autoguidance=s.autoguidance)
+    try: x = sample(s.model, n, method, None if method == 'dopri5' else steps, seed, batch=n, normalized=True, flow=s.flow, cond=s.conditions(n), autoguidance=s.autoguidance, centred=s.offset)
     finally: hook.remove()
     return x, len(calls)
 
@@ -644,7 +645,7 @@ def _paths(s, n, method, steps, seed):
     null = dict(zero=dict(path_straightness=math.nan, path_energy=0., normalised_path_energy=1.))
     if s.flow.marginal is not None: null['shrunk_gaussian'] = _path_of(ShrunkGaussianVelocity.fit(s.train.x, s.flow.marginal), x0, method, steps, w2)
     told = s.conditions(n)
-    velocity = _guided_by_its_own(s.model, s.autoguidance, s.flow)
+    velocity = _guided_by_its_own(s.model, s.autoguidance, s.offset, s.flow)
     if told is not None: velocity = conditioned(velocity, told)
     return dict(_path_of(velocity, x0, method, steps, w2), w2_squared=w2, rows=n, null=null)
 
@@ -670,15 +671,16 @@ def evaluate(
     nfe_steps:tuple=(1, 2, 5, 10, 20, 50), # Solver steps for quality against NFE
     plots:bool=False, # Save pictures beside the report
     autoguidance=1., # Scale with which samples are drawn, or `auto`, as for `sample`
+    centred:bool=False, # Whether samples are to have the mean of the training rows, as for `sample`
     model=None, # The network, if it was not made by `create_model`
 )->dict: # The report, as in `evaluation.json`
     "Losses, metrics of samples, floors and nulls of a run; published in its directory"
     s = _subject(checkpoint, split, data_dir, model)
     n = _checked(s, n, method, steps, draws)
-    s = s._replace(autoguidance=_scale(s, autoguidance))
+    s = _steered(s, autoguidance, centred)
     file = s.path.with_name('evaluation.json')
     earlier = _count_read(file, split)
-    report = dict(_described(s, split), n=n, method=method, steps=steps, seed=seed, autoguidance=s.autoguidance, reads=earlier['reads'],
+    report = dict(_described(s, split), n=n, method=method, steps=steps, seed=seed, autoguidance=s.autoguidance, centred=centred, reads=earlier['reads'],
                   interval=f'95 %, centred bootstrap over rows of both tables, {draws} resamples', **_losses(s))
     samples, found = _sampled(s, report, draws, nfe_steps)
     report |= found | dict(other=_others_kept(earlier, split))
@@ -699,12 +701,12 @@ def _checked(s, n, method, steps, draws):
     if MIN_ROWS <= n <= most: return n
     raise bad_value('n', n, f'from {MIN_ROWS} to {most} samples: the floor is measured on as many of the {most} training rows')
 
-def _scale(s, autoguidance):
-    "The scale of autoguidance that is meant; refused where there is no closed form to be guided away from"
-    from flow_study.sampling import _guided_by_its_own, choose_autoguidance
-    if autoguidance == 'auto': return choose_autoguidance(s.model, flow=s.flow)
-    _guided_by_its_own(s.model, autoguidance, s.flow)
-    return autoguidance
+def _steered(s, autoguidance, centred):
+    "A subject, with how its samples are drawn; refused where there is no closed form to be guided away from"
+    from flow_study.sampling import _guided_by_its_own, choose_autoguidance, choose_offset
+    if autoguidance == 'auto': autoguidance = choose_autoguidance(s.model, flow=s.flow)
+    _guided_by_its_own(s.model, autoguidance, False, s.flow)
+    return s._replace(autoguidance=autoguidance, offset=choose_offset(s.model, autoguidance, flow=s.flow) if centred else False)
 
 def _described(s, split):
     "What a report is about"
@@ -817,10 +819,12 @@ def evaluation_table(
     gain = run['paired_gain']
     parts[-1] += f"\ngain over {_short(gain['over'])}, paired by row: {gain['mean']:+.4f} ± {1.96*gain['se']:.4f} (95 %)\n{run['verdict']}"
     if r['failed']: return '\n\n'.join([*parts, f"no samples, and no metric of any: {r['failed']}"])
-    parts += [f"{r['n']} samples, {r['method']}, {r['steps']} steps, {r['nfe']} function evaluations{_pushed(r)}\n" + samples_table(r['samples'])]
+    parts += [f"{r['n']} samples, {r['method']}, {r['steps']} steps, {r['nfe']} function evaluations{_drawn(r)}\n" + samples_table(r['samples'])]
     return '\n\n'.join(parts + _path_lines(r))
 
-def _pushed(r): return '' if r.get('autoguidance', 1.) == 1 else f", autoguidance {r['autoguidance']:g}"
+def _drawn(r):
+    "How samples were drawn, where not as the network gives them"
+    return ('' if r.get('autoguidance', 1.) == 1 else f", autoguidance {r['autoguidance']:g}") + (', centred' if r.get('centred') else '')
 
 def _times(n): return 'once' if n == 1 else f'{n} times'
 
@@ -846,6 +850,7 @@ def _parser():
     p.add_argument('--steps', type=int, default=50, metavar='N', help='solver steps (default 50)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='decides samples, nulls and resamples (default 0)')
     p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="for samples: scale of the push away from the network's closed form, or auto (default 1: none)")
+    p.add_argument('--centred', action='store_true', help='draw samples that have the mean of the training rows')
     p.add_argument('--data-dir', metavar='FOLDER', help='folder of the data, where it is not the one the run was trained from')
     p.add_argument('--checkpoint-dir', default='study/checkpoints', metavar='FOLDER', help='folder of the runs, for a name (default %(default)s)')
     p.add_argument('--no-plots', action='store_true', help='save no pictures')
@@ -861,7 +866,7 @@ def main(
     setup_logging()
     logging.getLogger('flow_study.sampling').setLevel(logging.WARNING) # the report has the counts of all samples
     try:
-        report = evaluate(checkpoint_file(a.run, a.checkpoint_dir), a.split, a.n, a.method, a.steps, a.seed, a.data_dir, plots=not a.no_plots, autoguidance=a.autoguidance)
+        report = evaluate(checkpoint_file(a.run, a.checkpoint_dir), a.split, a.n, a.method, a.steps, a.seed, a.data_dir, plots=not a.no_plots, autoguidance=a.autoguidance, centred=a.centred)
     except KeyboardInterrupt: return complain('flow_study_eval', 'interrupted; a read of the split may have been counted', 130)
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as e: return complain('flow_study_eval', e)
     print(evaluation_table(report))

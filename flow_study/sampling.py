@@ -8,8 +8,9 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['COMPILE_CALLS', 'euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid',
            'CountedVelocity', 'SolverError', 'Solution', 'solve', 'CompiledStep', 'guided', 'cfg_zero_star',
-           'conditioned', 'autoguided', 'divergence', 'LogLikelihood', 'log_likelihood', 'sample',
-           'choose_autoguidance', 'Neighbour', 'nearest_texts', 'make_pairs']
+           'conditioned', 'autoguided', 'Offset', 'without_offset', 'mean_offset', 'divergence', 'LogLikelihood',
+           'log_likelihood', 'sample', 'choose_autoguidance', 'choose_offset', 'Neighbour', 'nearest_texts',
+           'make_pairs']
 
 # %% ../nbs/22_sampling.ipynb #e792ad0a
 import argparse, io, logging, math, os, shutil
@@ -353,6 +354,46 @@ def autoguided(
         return u + scale*(velocity(x, t, *cond) - u)
     return v
 
+# %% ../nbs/22_sampling.ipynb #bfbdff8f
+class Offset(NamedTuple):
+    "What a velocity says too much, on average over the points of its flow"
+    times:torch.Tensor # (k,), increasing
+    values:torch.Tensor # (k, d)
+
+    def at(self, t): # A time (); gives (d,), on a line between the two times beside it
+        "The offset at a time"
+        import torch
+        t = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
+        k = torch.searchsorted(self.times, t.reshape(1), right=True).clamp(1, len(self.times) - 1)[0]
+        share = (t - self.times[k - 1])/(self.times[k] - self.times[k - 1])
+        return torch.lerp(self.values[k - 1], self.values[k], share)
+
+def without_offset(
+    velocity, # Takes x (n, d), t
+    offset:Offset # Of that velocity, as from `mean_offset`
+): # A velocity
+    "A velocity less its offset: its samples have the mean that they should"
+    return lambda x, t: velocity(x, t) - offset.at(t)
+
+# %% ../nbs/22_sampling.ipynb #2f2ef6b4
+def mean_offset(
+    velocity, # Of a trained network; takes x (n, d), t
+    weak, # The best affine velocity for the same data, such as the closed form that the network corrects
+    x0:torch.Tensor, # (n, d) source points
+    times, # Grid of times, from 0 to 1, for steps of `heun`
+    batch:int=256, # Points for which the network is asked at a time
+)->Offset:
+    "What a velocity says beyond an affine one on average over the points of its own flow, once that is taken off"
+    import torch
+    found = {}
+    def together(x, t):
+        v = torch.cat([velocity(b, t) for b in x.split(batch)])
+        found[float(t)] = (v - weak(x, t)).mean(0)
+        return v - found[float(t)]
+    with torch.no_grad(): solve(together, x0, times, 'heun')
+    at = sorted(found)
+    return Offset(torch.tensor(at, device=x0.device), torch.stack([found[t] for t in at]))
+
 # %% ../nbs/22_sampling.ipynb #aa2a55c4
 def divergence(
     velocity, # Function of x (n, d) and t (); a row's velocity depends on that row alone
@@ -523,14 +564,14 @@ def _kept_step(network, method, rows, must):
     return _kept[0]
 
 # %% ../nbs/22_sampling.ipynb #0e8015e3
-def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, compile='auto', autoguidance=1., level=logging.INFO, **solver):
+def _flowed(model, device, n, stream, method='heun', steps=None, times=None, seed=0, batch=None, flow=None, wrap=None, compile='auto', autoguidance=1., centred=False, level=logging.INFO, **solver):
     "Batches of source rows and of where the flow takes them, (b, d) both, normalised, on the CPU"
     import torch
     if batch is None: batch = 256 if device.type == 'cpu' else 1024
     for name, value in dict(n=n, batch=batch).items():
         if type(value) is not int or value < 1: raise bad_value(name, value, 'a whole number, at least 1')
     times, (flow, d) = _grid(method, steps, times), _described(model, flow)
-    velocity = _guided_by_its_own(model, autoguidance, flow)
+    velocity = _guided_by_its_own(model, autoguidance, centred, flow)
     if wrap is not None: velocity = wrap(velocity)
     solver |= dict(step=_compiled(velocity, method, len(times) - 1, n, batch, compile, device if velocity is model else None))
     for lo in range(0, n, batch):
@@ -542,19 +583,21 @@ def _flowed(model, device, n, stream, method='heun', steps=None, times=None, see
     _logger.log(level, '%s samples of %s numbers by %s: %s evaluations', f'{n:,}', f'{d:,}', method, nfe)
 
 # %% ../nbs/22_sampling.ipynb #f0777224
-def _guided_by_its_own(model, autoguidance, flow):
-    "The velocity of a network, pushed away from the closed form that it corrects"
+def _guided_by_its_own(model, autoguidance, centred, flow):
+    "The velocity of a network, pushed away from the closed form that it corrects, its mean kept"
     if autoguidance == 'auto':
         autoguidance = choose_autoguidance(model, flow=flow)
         _logger.info('autoguidance %s: samples are spread like the training rows', autoguidance)
-    if autoguidance == 1: return model
     if isinstance(autoguidance, str): raise bad_value('autoguidance', autoguidance, "a number above 0, or 'auto'")
-    return autoguided(model, _closed_form(model, autoguidance), autoguidance)
+    velocity = model if autoguidance == 1 else autoguided(model, _closed_form(model, 'autoguidance', autoguidance, 1), autoguidance)
+    if centred is False: return velocity
+    if not isinstance(centred, (bool, Offset)): raise bad_value('centred', centred, 'True, False or an `Offset`')
+    return without_offset(velocity, choose_offset(model, autoguidance, flow=flow) if centred is True else centred)
 
-def _closed_form(model, autoguidance):
+def _closed_form(model, option, value, without):
     "The closed form that a network corrects"
     base = getattr(model, 'base', None)
-    if base is None: raise bad_value('autoguidance', autoguidance, '1 for a network that corrects no closed form', "Train with precond='gaussian'")
+    if base is None: raise bad_value(option, value, f'{without} for a network that corrects no closed form', "Train with precond='gaussian'")
     return base
 
 # %% ../nbs/22_sampling.ipynb #8adcafce
@@ -582,6 +625,7 @@ def sample(
     cond=None, # A label or a vector, for a network that is conditioned
     guidance:float=1., # Scale of `cfg_zero_star`, with `cond`
     autoguidance=1., # Scale of `autoguided`, away from the closed form that the network corrects; `auto` for that of `choose_autoguidance`
+    centred=False, # Whether samples have the mean of the training rows: True for `choose_offset`, or an `Offset` from there
     compile:str='auto', # `on`, `off`, or `auto`: on a CPU for some thousand steps of batches
     **solver # For `solve`, such as `rtol`
 )->torch.Tensor: # (n, d) float32 on the CPU, in the data's own units
@@ -592,7 +636,7 @@ def sample(
     elif guidance != 1: raise bad_value('guidance', guidance, '1 without a condition', 'Give `cond`')
     model, device = _loaded(checkpoint, device)
     flow, _ = _described(model, flow)
-    x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, compile, autoguidance, **solver)])
+    x = torch.cat([x1 for _, x1 in _flowed(model, device, n, 'sample', method, steps, times, seed, batch, flow, wrap, compile, autoguidance, centred, **solver)])
     x = torch.cat([flow.restore(b, keyed_generator(seed, 'sample/length', k)) for k, b in enumerate(x.split(256))])  # directions get a length
     if normalized: return x
     if getattr(model, 'stats', None) is None: raise bad_value('normalized', False, 'True, since the checkpoint holds no statistics to go back with')
@@ -613,7 +657,7 @@ def choose_autoguidance(
     import torch
     from scipy.optimize import minimize_scalar
     model, device = _loaded(checkpoint, None)
-    base = _closed_form(model, 'auto')
+    base = _closed_form(model, 'autoguidance', 'auto', 1)
     @cache
     def gap(scale):
         batches = _flowed(model, device, n, 'sample', steps=steps, seed=seed, flow=flow, autoguidance=scale, level=logging.DEBUG)
@@ -625,6 +669,23 @@ def _variance_gap(samples, base):
     "The sum of squares of what is between variances of samples and those that a closed form believes in, along its axes"
     if not hasattr(base, 'variances'): return (samples.var(0) - 1).square().sum().item()
     return ((samples @ base.basis.cpu()).var(0) - base.variances.cpu()).square().sum().item()
+
+# %% ../nbs/22_sampling.ipynb #57a4c4ec
+def choose_offset(
+    checkpoint, # As for `sample`
+    autoguidance:float=1., # Scale with which samples will be drawn
+    n:int=4096, # Points that are carried along
+    steps:int=20, # Of `heun`
+    seed:int=0, # Decides their source points
+    flow=None, # As for `sample`
+)->Offset: # For `sample`
+    "What is to be taken off the velocity of a network that corrects a closed form, so that its samples have the mean of the training rows"
+    model, device = _loaded(checkpoint, None)
+    base = _closed_form(model, 'centred', True, False)
+    if getattr(model.config, 'cond', None): raise bad_value('centred', True, 'False for a network with conditions', 'Each of them has a mean of its own')
+    flow, d = _described(model, flow)
+    x0 = _source_rows(flow, d, 0, n, seed, 'offset').to(device)
+    with _evaluating(model): return mean_offset(_guided_by_its_own(model, autoguidance, False, flow), base, x0, uniform_grid(steps))
 
 # %% ../nbs/22_sampling.ipynb #d8cc8830
 class Neighbour(NamedTuple):
@@ -707,6 +768,7 @@ def _parser():
     p.add_argument('--label', type=int, metavar='N', help='label of the samples, for a network that is conditioned on labels')
     p.add_argument('--guidance', type=float, default=1., metavar='W', help='with --label: scale of classifier-free guidance (default 1: none)')
     p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="scale of the push away from the network's closed form, or auto: spread like the training rows (default 1: none)")
+    p.add_argument('--centred', action='store_true', help='take off what the network says too much on average, so that samples have the mean of the training rows')
     p.add_argument('--device', default='cpu', metavar='NAME', help='where to compute (default %(default)s)')
     return p
 
@@ -725,7 +787,7 @@ def _check_arguments(args):
 
 def _solver_options(args):
     "The keyword arguments of `sample` that the arguments stand for"
-    kw = dict(method=args.method, steps=args.steps, seed=args.seed, batch=args.batch, compile=args.compile, autoguidance=args.autoguidance)
+    kw = dict(method=args.method, steps=args.steps, seed=args.seed, batch=args.batch, compile=args.compile, autoguidance=args.autoguidance, centred=args.centred)
     if args.label is not None: kw |= dict(cond=args.label, guidance=args.guidance)
     if args.shift is not None: kw |= dict(steps=None, times=shifted_grid(50 if args.steps is None else args.steps, args.shift))
     if args.tolerance is not None: kw |= dict(rtol=args.tolerance, atol=args.tolerance)

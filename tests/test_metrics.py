@@ -26,6 +26,7 @@ from flow_study.metrics import (bootstrap_counts, compare_samples, energy_distan
 from flow_study.layers import Architecture, _models
 from flow_study.models import create_model
 from flow_study.paths import create_flow
+from flow_study.sampling import sample
 
 
 def table(n, d, key=0, scale=1., shift=0.): return (scale*torch.randn(n, d, generator=keyed_generator(key, 'tests')) + shift).double().numpy()
@@ -365,8 +366,22 @@ def test_autoguidance_of_samples_and_paths(place, eval_main):
     assert 'autoguidance 1.5' in evaluation_table(pushed) and 'autoguidance' not in evaluation_table(plain)
     chosen = evaluate(run, **quick, autoguidance='auto')['autoguidance']
     assert 1 <= chosen <= 1.5 and evaluate(run, **quick, autoguidance=chosen)['samples'] == evaluate(run, **quick, autoguidance='auto')['samples']
-    code, out, _ = eval_main(run, '--n', 100, '--steps', 5, '--autoguidance', 1.25, '--no-plots')
-    assert code == 0 and 'autoguidance 1.25' in out
+    code, out, _ = eval_main(run, '--n', 100, '--steps', 5, '--autoguidance', 1.25, '--centred', '--no-plots')
+    assert code == 0 and 'autoguidance 1.25, centred' in out
+
+
+def test_centred_samples_have_the_mean_of_the_training_rows(place):
+    "Also those of a network that is pushed to one side; its losses stay"
+    from flow_study.train import main
+    run = 'study/checkpoints/mlp-icfm-1k-none'
+    assert main('--arch mlp --size tiny --flow icfm --dataset 1k --group tests --epochs 20 --lr 2e-3 --device cpu --wandb-mode disabled'.split()) == 0
+    model, mean = load_model(run), load_all_splits('1k')[0].x.mean(0)
+    model.register_forward_hook(lambda module, args, v: v + 0.2)
+    off = {centred: (sample(model, 2000, seed=1, normalized=True, centred=centred).mean(0) - mean).square().sum().item() for centred in (False, True)}
+    assert off[False] > 0.2**2*len(mean)/2 and off[True] < 4*len(mean)/2000 # the second is what 2,000 samples leave to chance, and as much for the offset
+    plain, kept = evaluate(run, **quick), evaluate(run, **quick, centred=True)
+    assert plain['run'] == kept['run'] and (plain['centred'], kept['centred']) == (False, True)
+    assert plain['paths']['path_energy'] != kept['paths']['path_energy']
 
 
 def test_too_few_held_out_rows(place):
