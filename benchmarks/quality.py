@@ -149,12 +149,18 @@ def collect(args):
             found['missing'] += 1
             continue
         found['reports'].append({k: v for k, v in report.items() if k != 'config'} | dict(changes=config.diff(TrainingConfig(**{k: getattr(config, k) for k in ('arch', 'flow', 'dataset', 'group')}))))
-        found['samples'] += [dict(data=data, row=row, seed=seed, **r) for r in sampled(config).values()]
+        found['samples'] += [dict(data=data, row=row, seed=seed, **{**r, 'samples': shown(r['samples'])}) for r in sampled(config).values()]
     for r in found['reports']: r['changes'] = {k: v[0] for k, v in r['changes'].items() if k not in ('data_dir', 'checkpoint_dir', 'stats_path', 'name', 'seed', 'group')}
     for r in found['reports']:
         for kept in (r, r.get('chosen', {})):
             if 'per_row_gain' in kept: kept['per_row_gain'] = [round(v, 5) for v in kept['per_row_gain']] # enough for every figure shown, at two thirds of the size
     return found
+
+
+def shown(samples):
+    "Of all metrics and nulls those in the table"
+    return {k: {**samples[k], 'null': {'shrunk_gaussian': samples[k]['null']['shrunk_gaussian']}}
+            for k in ('energy_distance', 'nn_accuracy', 'nn_asymmetry', 'coverage', 'memorisation', 'copies')}
 
 
 def sampled(config):
