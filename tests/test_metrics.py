@@ -26,7 +26,7 @@ from flow_study.metrics import (bootstrap_counts, compare_samples, energy_distan
 from flow_study.layers import Architecture, _models
 from flow_study.models import create_model
 from flow_study.paths import create_flow
-from flow_study.sampling import sample
+from flow_study.sampling import main as sample_main, sample
 
 
 def table(n, d, key=0, scale=1., shift=0.): return (scale*torch.randn(n, d, generator=keyed_generator(key, 'tests')) + shift).double().numpy()
@@ -379,6 +379,9 @@ def test_centred_samples_have_the_mean_of_the_training_rows(place):
     model.register_forward_hook(lambda module, args, v: v + 0.2)
     off = {centred: (sample(model, 2000, seed=1, normalized=True, centred=centred).mean(0) - mean).square().sum().item() for centred in (False, True)}
     assert off[False] > 0.2**2*len(mean)/2 and off[True] < 4*len(mean)/2000 # the second is what 2,000 samples leave to chance, and as much for the offset
+    assert sample_main(f'{run} --n 2000 --seed 1 --centred --out kept.npy'.split()) == 0
+    rows = load_model(run).stats.normalize(torch.from_numpy(np.load('kept.npy')))
+    assert (rows.mean(0) - mean).square().sum() < 4*len(mean)/2000
     plain, kept = evaluate(run, **quick), evaluate(run, **quick, centred=True)
     assert plain['run'] == kept['run'] and (plain['centred'], kept['centred']) == (False, True)
     assert plain['paths']['path_energy'] != kept['paths']['path_energy']
