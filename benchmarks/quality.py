@@ -210,7 +210,7 @@ def sample_lines(row, split, samples):
     "What `evaluate` said of the samples of a network"
     if not samples: return []
     lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows, with 95 % intervals; in brackets the shrunk Gaussian's samples, and the floor: real rows.\n",
-             '| seed | autoguidance | loss | gain | energy distance | less the Gaussian\'s, paired | 1-NN accuracy | of real rows, of samples | distance of both to ½ | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|---|---|']
+             '| seed | drawn with autoguidance | loss | gain | energy distance | less the Gaussian\'s, paired | 1-NN accuracy | of real rows, of samples | distance of both to ½ | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|---|---|']
     cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) [{m['null']['shrunk_gaussian']['value']:.3f}; {m['floor']:.3f}]"
     for s in samples:
         g, found = s['run']['paired_gain'], s['samples']
@@ -220,7 +220,7 @@ def sample_lines(row, split, samples):
 
 
 def how(s):
-    "How samples were drawn, and of test rows the how manieth time they were read"
+    "How samples were drawn, and of test rows which reading it was"
     return f"{s['autoguidance']:.3g}" + ', centred'*s.get('centred', False) + (f", read {s['reads']}" if s['split'] == 'test' else '')
 
 

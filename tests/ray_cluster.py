@@ -161,9 +161,9 @@ def board(place=Path()):
 
 class Watch(threading.Thread):
     "Looks all the time whether a published run is whole"
-    def __init__(self, names):
+    def __init__(self):
         super().__init__(daemon=True)
-        self.runs, self.over, self.seen, self.wrong = [(RUNS/k).absolute() for k in names], False, Counter(), []
+        self.runs, self.over, self.seen, self.wrong = [(RUNS/k).absolute() for k in NAMES], False, Counter(), []
 
     def run(self):
         from flow_study.checkpoint import read_checkpoint
@@ -191,13 +191,12 @@ def _driver_killed(first, cluster, name, again):
     return again()
 
 
-def a_node_is_killed(cluster, local, sweep, seeds, bring_back, driver_too):
-    "And the driver, if it is to be: every run ends as by the local engine, whose study nobody disturbed"
-    names = NAMES[:2*seeds]
+def a_node_is_killed(cluster, local, sweep, bring_back, driver_too):
+    "And the driver, if it is to be: every run and the leaderboard are those of the local engine, whose study nobody disturbed"
     how = dict(address=f'"{cluster.address}"', bring_back=str(bring_back).lower(), publish_seconds=0.2)
     Path('s.toml').write_text('name = "s"\n[grid]\narch = "simple"\nflow = "icfm"\ndataset = "1k"\n[engine_options]\n' + '\n'.join(f'{k} = {v}' for k, v in how.items()))
-    options = ['--study', 's.toml', '--seeds', seeds]
-    first, watch = sweep(*options), Watch(names)
+    options = ['--study', 's.toml']
+    first, watch = sweep(*options), Watch()
     watch.start()
     try:
         (name, process), *_ = first.until(under_way, 300, 0.1).items()
@@ -211,11 +210,11 @@ def a_node_is_killed(cluster, local, sweep, seeds, bring_back, driver_too):
     finally:
         watch.over = True
         watch.join()
-    assert watch.wrong == [] and len(watch.seen) == len(names)
-    assert {k: read_status(RUNS/k)['state'] for k in names} == dict.fromkeys(names, 'finished')
+    assert watch.wrong == [] and len(watch.seen) == len(NAMES)
+    assert {k: read_status(RUNS/k)['state'] for k in NAMES} == dict.fromkeys(NAMES, 'finished')
     assert read_status(RUNS/name)['generation'] > 1  # it went on elsewhere, and not from its beginning
-    assert not list(RUNS.glob('*/lock')) and not list(RUNS.glob('.driver-*')) and not [f for k in names for f in (RUNS/k).glob('.*')]
+    assert not list(RUNS.glob('*/lock')) and not list(RUNS.glob('.driver-*')) and not [f for k in NAMES for f in (RUNS/k).glob('.*')]
     assert not list(Path(os.environ['TMPDIR']).glob('flow_study-nodes-*/*/data'))
     undisturbed = local()
-    for k in names: assert same_state(RUNS/k/'last.pt', undisturbed/RUNS/k/'last.pt') and lines(RUNS/k) == lines(undisturbed/RUNS/k)
-    assert names != NAMES or board() == board(undisturbed)
+    for k in NAMES: assert same_state(RUNS/k/'last.pt', undisturbed/RUNS/k/'last.pt') and lines(RUNS/k) == lines(undisturbed/RUNS/k)
+    assert board() == board(undisturbed)

@@ -10,7 +10,7 @@ from flow_study.study import Study
 from ray_cluster import REPORT, RUNS, a_node_is_killed, cluster, local, ray, sweep
 
 
-def test_a_node_is_killed(cluster, local, sweep): a_node_is_killed(cluster, local, sweep, seeds=1, bring_back=False, driver_too=False)
+def test_a_node_is_killed(cluster, local, sweep): a_node_is_killed(cluster, local, sweep, bring_back=False, driver_too=False)
 
 
 @pytest.fixture(scope='module')
