@@ -682,7 +682,7 @@ def choose_offset(
     "What is to be taken off the velocity of a network that corrects a closed form, so that its samples have the mean of the training rows"
     model, device = _loaded(checkpoint, None)
     base = _closed_form(model, 'centred', True, False)
-    if getattr(model.config, 'cond', None): raise bad_value('centred', True, 'False for a network with conditions', 'Each of them has a mean of its own')
+    if getattr(getattr(model, 'config', None), 'cond', None): raise bad_value('centred', True, 'False for a network with conditions', 'Each of them has a mean of its own')
     flow, d = _described(model, flow)
     x0 = _source_rows(flow, d, 0, n, seed, 'offset').to(device)
     with _evaluating(model): return mean_offset(_guided_by_its_own(model, autoguidance, False, flow), base, x0, uniform_grid(steps))

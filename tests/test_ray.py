@@ -1,13 +1,17 @@
 """The engine ray, run directories in place: a node that is killed, what is asked for and what there is, stopping."""
+import os
+import signal
 import time
 
 import pytest
 
+import flow_study.ray_engine as ray_engine
+from faults import until
 from flow_study.engines import run_state
 from flow_study.ray_engine import _on_loopback
 from flow_study.rundir import acquire_lock, read_status, request
 from flow_study.study import Study
-from ray_cluster import REPORT, RUNS, a_node_is_killed, cluster, local, ray, sweep
+from ray_cluster import REPORT, RUNS, a_node_is_killed, cluster, descendants, gone, local, ray, stat, sweep
 
 
 def test_a_node_is_killed(cluster, local, sweep): a_node_is_killed(cluster, local, sweep, bring_back=False, driver_too=False)
@@ -48,6 +52,27 @@ def test_gpu_1_only_is_a_label(connected, place):
     assert one._engine().slots == 1 # half a GPU, but one processor
     assert [r['state'] for r in one.run(measure=False, test=False).runs] == ['done']
     assert "asked: CUDA_VISIBLE_DEVICES='1', set before and kept" in (REPORT/'logs'/f'{one.configs[0].run_name}.log').read_text()
+
+
+def test_a_worker_that_is_lost_again_and_again_is_given_up(connected, place, monkeypatch):
+    "Killed with its node alive it is handed out again, counted, and goes on from its last checkpoint, as often as it may"
+    monkeypatch.setattr(ray_engine, 'LOSSES', 1)
+    one = study(connected, grid=dict(epochs=100_000, patience=100_000, compile='off'), options=dict(device='cpu', wandb_mode='disabled', checkpoint_seconds=0.1))
+    run, engine = one.configs[0].run_dir, one._engine()
+    events, raylets = engine.execute([one.job(c) for c in one.configs]), {connected.raylet(n) for n in connected.nodes}
+    end = time.monotonic() + 120
+    for lost in (1, 2):
+        while (status := read_status(run)).get('generation') != lost or status['state'] != 'running' or not status['epoch'] or not (run/'last.pt').exists():
+            assert next(events) is None and time.monotonic() < end
+        worker = status['process']['pid']
+        while stat(worker)[1] not in raylets: worker = stat(worker)[1]
+        below = descendants(worker)
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: gone(below)) # nothing goes on without it
+    while not (ended := next(events)): assert time.monotonic() < end
+    assert ended[1] == 1 and engine.losses == {run.name: 2} and run_state(one.job(one.configs[0])) == 'resume'
+    assert 'given up after 2 losses' in (REPORT/'logs'/f'{run.name}.log').read_text()
+    events.close()
 
 
 def test_stopping_in_good_order_and_requests_reach_a_run_that_is_brought_back(connected, place):
