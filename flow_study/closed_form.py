@@ -253,6 +253,7 @@ def _blocks(self:ValidationBank):
 
 @patch
 def __iter__(self:ValidationBank): # Blocks of `t` (b,), `x_t` (b, d), `u_t` (b, d)
+    "Block by block, so that a bank of any size is read in little memory"
     return iter(self._kept or self._blocks())
 
 # %% ../nbs/08_closed_form.ipynb #6ce2a4e7

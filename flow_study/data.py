@@ -253,10 +253,14 @@ def x(self:FlowDataset)->torch.Tensor: # (n, d)
     return x
 
 @patch
-def __len__(self:FlowDataset)->int: return len(self._raw if self._x is None else self._x)
+def __len__(self:FlowDataset)->int:
+    "Rows of the table"
+    return len(self._raw if self._x is None else self._x)
 
 @patch
-def __getitem__(self:FlowDataset, i)->torch.Tensor: return self.rows(i)
+def __getitem__(self:FlowDataset, i)->torch.Tensor: # (d,) for a number, (m, d) for a slice or a tensor
+    "A row, or some, as `rows` gives them"
+    return self.rows(i)
 
 # %% ../nbs/04_data.ipynb #fa6bfd5f
 @patch(cls_method=True)

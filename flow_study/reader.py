@@ -204,7 +204,9 @@ def _repr_html_(self:Run):
     return Table([{k: row[k] for k in ('run', 'state', 'epoch', 'epochs', 'best_val_loss', 'verdict', 'device')}])._repr_html_() + run_svg(self.trace())
 
 @patch
-def __repr__(self:Run): return f'{self.name}: {self.state}'
+def __repr__(self:Run):
+    "Name and state"
+    return f'{self.name}: {self.state}'
 
 # %% ../nbs/35_reader.ipynb #098802f3
 class RunFolder:

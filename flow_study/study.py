@@ -252,6 +252,7 @@ class Plan:
 # %% ../nbs/34_study.ipynb #34b8e222
 @patch
 def __repr__(self:Plan):
+    "What there is to do, what it may cost, and which differences its seeds can show"
     time = f', at most {_duration(self.seconds)} of training on {self.slots} at once ({self.steps:,} steps)' if math.isfinite(self.seconds) else ''
     seeds = f"{self.seeds} seed{'s'*(self.seeds > 1)}"
     lines = [f'{self.name}: {self.cells} cells x {seeds} = {self.runs} runs, {self.todo} to do{time}']
@@ -380,7 +381,7 @@ def _carry_out(self:Study, jobs, retry):
     except KeyboardInterrupt:
         self._interrupted = True
         _logger.warning('interrupted; the same command goes on')
-    progress.close('interrupted' if self._interrupted else 'finished')
+    progress.write('interrupted' if self._interrupted else 'finished')
 
 @patch
 def _ended(self:Study, event, tries, skip, progress):
@@ -434,9 +435,6 @@ def write(self:_Progress, state):
         eta_seconds=self.eta(), process=this_process(), heartbeat=time.time()), durable=False)
     self._written = time.monotonic()
     self._cost = self._written - begun  # it looks at every run, of which there may be many
-
-@patch
-def close(self:_Progress, state): self.write(state)
 
 def _reason(job, code):
     "Why a run ended, in a line"

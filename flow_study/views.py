@@ -62,6 +62,7 @@ class Table(list):
 # %% ../nbs/09_views.ipynb #df408222
 @patch
 def __repr__(self:Table):
+    "The table as text, in columns"
     columns = self.columns
     if not columns: return 'nothing yet'
     cells = [[format_number(row.get(k)) if k in row else '' for k in columns] if row is not None else None for row in self._rows()]
