@@ -5,7 +5,7 @@ does for Quarto, then smalldocs, which reads the same `_quarto.yml`, makes the p
 (`@fig-x`) work in Quarto only. Formulas are drawn by KaTeX from a folder (Debian's packages libjs-katex and fonts-katex put it where
 it is looked for), so that no page asks the network for anything. Then a headless Chromium opens every page; see `browser.py`.
 """
-import argparse, configparser, json, os, re, shutil, subprocess, sys, tempfile
+import argparse, configparser, inspect, json, os, re, shutil, subprocess, sys, tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -69,10 +69,10 @@ def draw_formulas_from(folder, out):
 
 
 class Page(HTMLParser):
-    "What one page offers (`ids`), what it asks for (`links`) and what it shows as it is written (`code`)"
+    "What one page offers (`ids`), what it asks for (`links`), what it says (`text`) and what of it is shown as it is written (`code`)"
     def __init__(self, path):
         super().__init__()
-        self.ids, self.twice, self.links, self.code, self._drawing, self._written = set(), [], [], '', 0, 0
+        self.ids, self.twice, self.links, self.text, self.code, self._drawing, self._written = set(), [], [], '', '', 0, 0
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attrs):
@@ -91,7 +91,8 @@ class Page(HTMLParser):
         if tag == 'pre': self.code += '\n'
 
     def handle_data(self, data):
-        "Keep the text of code"
+        "Keep the text, and apart from it that of code"
+        self.text += data
         if self._written: self.code += data
 
 
@@ -138,6 +139,12 @@ def links_in_code(pages, site_url):
     return [f'{name}: link in code: {link}' for name, page in pages.items() for link in dict.fromkeys(found.findall(page.code))]
 
 
+def borrowed_docs(pages):
+    "A line for each symbol that says of itself what Python says of every other one, since it has no docstring of its own"
+    sayings = [inspect.getdoc(call) for call in (type.__call__, object.__repr__, object.__init__, object.__str__)]
+    return [f'{name}: no docstring of its own: {saying}' for name, page in pages.items() for saying in sayings if saying in page.text]
+
+
 def site_url(root):
     "The address of the published pages, from `settings.ini`"
     parser = configparser.ConfigParser(delimiters=['='])
@@ -160,7 +167,7 @@ def main(argv=None):
     if args.katex.is_dir(): draw_formulas_from(args.katex, out)
     pages = {path.relative_to(out).as_posix(): Page(path) for path in sorted(out.rglob('*.html'))}
     problems = [*missing_pages(sorted((root/'nbs').glob('[!_]*.ipynb')), pages), *broken_links(out, pages, site_url(root)), *stolen_anchors(pages),
-                *links_in_code(pages, site_url(root))]
+                *links_in_code(pages, site_url(root)), *borrowed_docs(pages)]
     problems += in_browser(out, args)
     for problem in problems: print(problem)
     print(f'{len(pages)} pages, {len(problems)} problems')

@@ -180,6 +180,11 @@ def test_links_in_code_are_found(docs, tmp_path):
     assert docs.links_in_code({'a.html': docs.Page(tmp_path/'a.html')}, 'https://s.io/fs') == [f'a.html: link in code: {link}']
 
 
+def test_docstrings_of_nobody_are_found(docs, tmp_path):
+    for name, text in dict(own='Rows of the table', borrowed='Call self as a function.').items(): (tmp_path/f'{name}.html').write_text(f'<blockquote><p>{text}</p></blockquote>')
+    assert docs.borrowed_docs({name: docs.Page(tmp_path/name) for name in ('own.html', 'borrowed.html')}) == ['borrowed.html: no docstring of its own: Call self as a function.']
+
+
 def test_what_a_reader_would_stumble_over_is_found(ci_tool, tmp_path):
     tools = ci_tool('browser')
     pytest.importorskip('playwright', reason="no playwright: `pip install -e '.[browser]'`")
