@@ -209,7 +209,8 @@ def nemenyi(
 
 # %% ../nbs/31_statistics.ipynb #212e8bc0
 def _groups(means, cd):
-    "The longest runs of arms whose mean ranks lie within a critical difference: pairs of first and last index"
+    "The longest runs of arms whose mean ranks lie within a critical difference: pairs of first and last index; none where there is no critical difference"
+    if math.isnan(cd): return []
     last = [max(j for j, m in enumerate(means) if m - means[i] < cd) for i in range(len(means))]
     return [(i, j) for i, j in enumerate(last) if j > i and (i == 0 or j > last[i - 1])]
 

@@ -1082,7 +1082,8 @@ def _pictures(self:Results)->dict: # Task name to pairs of title and file name
         pictures[name] = [(title, self._save(f'{file}-{i + 1}.png', draw, size)) for title, file, draw, size in drawn]
         flows = len({r['flow'] for r in self.runs if r['task'] == task})
         pictures[name].append(('Training curves', self._save(f'curves-{i + 1}.png', lambda f: self.plot_curves(task, f), (3.6*flows, 3.2), whole=True)))
-    if pictures and len(self._of(self.tasks()[0])) > 2: pictures[None] = [('Mean ranks over tasks and seeds', self._save('ranks.png', lambda ax: plot_ranks(self.ranks(), ax), (6.4, 0.7 + 0.28*len(self._of(self.tasks()[0])))))]
+    ranks = self.ranks() if pictures else None
+    if pictures and ranks.blocks and len(ranks.mean) > 2: pictures[None] = [('Mean ranks over tasks and seeds', self._save('ranks.png', lambda ax: plot_ranks(ranks, ax), (6.4, 0.7 + 0.28*len(ranks.mean))))]
     if pictures and len({t['dataset'] for t in self.tasks()}) > 1: pictures.setdefault(None, []).append(('Quality against rows', self._save('sizes.png', lambda ax: self.plot_sizes(ax=ax), (5.4, 3.6))))
     return pictures
 

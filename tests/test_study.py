@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -281,6 +282,19 @@ def test_an_arm_with_a_missing_run_is_not_chosen():
     assert r.chosen(r.tasks()[0]) == 'a'
     row = next(row for row in r.leaderboard() if row['arm'] == 'b')
     assert row['seeds'] == 2 and row['verdict'] == 'nothing can be concluded (2 seeds)'
+
+
+@pytest.mark.parametrize('done', [0, 1, 7, 24, 40, 60])
+def test_a_study_that_was_interrupted_has_its_report(done, tmp_path):
+    "Of the study of 12 arms, 3 seeds and 2 tasks in the documentation, as many runs as given are done; the one behind them is trained only, those behind that are new"
+    r = Results.load(Path(__file__).parents[1]/'nbs/studies/corpus.json')
+    new = lambda run: {k: run[k] for k in ('run', 'run_dir', 'seed', 'axes', 'task', 'flow', 'loss_key', 'off_protocol')} | dict(state='new')
+    runs = sorted(r.runs, key=lambda run: run['seed']) # the order in which a study carries them out
+    r = Results(r.study, [*runs[:done], dict(runs[done], state='trained', val=None, test=None), *map(new, runs[done + 1:])], tmp_path)
+    written = (r.report()/'report.md').read_text()
+    assert f'72 runs, {done} done' in written and f"- {runs[-1]['run']}: new" in written
+    assert all((tmp_path/name).is_file() for name in re.findall(r'\]\((\S+\.png)\)', written))
+    assert ('ranks.png' in written) == (done >= 24) # a seed at least of all arms, in one task
 
 
 def test_the_checkpoint_to_use_is_the_best_seed_of_the_best_arm():
