@@ -240,7 +240,7 @@ def _bar(ax, means, first, last):
 
 def _rank_label(ranks):
     "What the axis shows"
-    if not math.isfinite(ranks.critical_difference): return f'mean rank over {ranks.blocks} blocks (too few arms or blocks for a critical difference)'
+    if not math.isfinite(ranks.critical_difference): return f"mean rank over {ranks.blocks} block{'s'*(ranks.blocks != 1)} (too few arms or blocks for a critical difference)"
     return f'mean rank over {ranks.blocks} blocks; bars join what {ranks.critical_difference:.2f} does not separate'
 
 # %% ../nbs/31_statistics.ipynb #0730cae6

@@ -254,7 +254,7 @@ class Plan:
 def __repr__(self:Plan):
     "What there is to do, what it may cost, and which differences its seeds can show"
     time = f', at most {_duration(self.seconds)} of training on {self.slots} at once ({self.steps:,} steps)' if math.isfinite(self.seconds) else ''
-    seeds = f"{self.seeds} seed{'s'*(self.seeds > 1)}"
+    seeds = _seeds(self.seeds)
     lines = [f'{self.name}: {self.cells} cells x {seeds} = {self.runs} runs, {self.todo} to do{time}']
     if self.failed: lines.append(f'{self.failed} of them failed before; they are tried again only if asked for')
     if self.seeds < MIN_SEEDS: return '\n'.join([*lines, f'{seeds}: nothing will be concluded, {MIN_SEEDS} are the least'])
@@ -262,6 +262,8 @@ def __repr__(self:Plan):
     lines.append(f'A difference from the reference is seen (power 80 %) from {all_:.1f} standard deviations of paired differences on, with {self.comparisons} comparisons; a single one from {one:.1f}')
     lines.append(f'Smallest p of an exact rank test with {self.seeds} seeds: {smallest_p(self.seeds):.2g}')
     return '\n'.join(lines)
+
+def _seeds(n): return f"{n} seed{'s'*(n != 1)}"
 
 def _duration(seconds):
     "Seconds as a reader would say them"
@@ -709,7 +711,7 @@ def _line(self:Results, task, arm, values, metric, c, closed, spoiled):
     "One row"
     i, runs = seed_interval(values.values()), [] if closed else self._of(task)[arm]
     verdict = 'reference' if c is None else c.verdict
-    if i.n < MIN_SEEDS or c is not None and c.paired.n < MIN_SEEDS: verdict = f'nothing can be concluded ({i.n} seeds)'
+    if i.n < MIN_SEEDS or c is not None and c.paired.n < MIN_SEEDS: verdict = f'nothing can be concluded ({_seeds(i.n)})'
     elif spoiled: verdict = 'no metric here: passed by ' + ', '.join(k.replace('_', ' ') for k in spoiled)
     elif verdict == 'cannot be told apart': verdict += f" ({c.seeds_needed or 'more than 1000'} seeds needed)"
     test = lambda k: getattr(c.paired, k) if c is not None else None
@@ -818,11 +820,11 @@ def ranks(self:Results,
 # %% ../nbs/34_study.ipynb #448a7856
 def _interval_text(i):
     "A mean and its interval"
-    return f'{_cell(i.mean)} ({_cell(i.low)} to {_cell(i.high)}, {i.n} seeds)' if i.n >= MIN_SEEDS else f'{_cell(i.mean)} ({i.n} seeds)'
+    return f'{_cell(i.mean)} ({_cell(i.low)} to {_cell(i.high)}, {i.n} seeds)' if i.n >= MIN_SEEDS else f'{_cell(i.mean)} ({_seeds(i.n)})'
 
 def _against(c, other):
     "One comparison"
-    if c.paired.n < MIN_SEEDS: return f'cannot be compared with {other} ({c.paired.n} seeds)'
+    if c.paired.n < MIN_SEEDS: return f'cannot be compared with {other} ({_seeds(c.paired.n)})'
     p, needed = f'{_cell(c.paired.difference)} ({_cell(c.paired.low)} to {_cell(c.paired.high)}), corrected p {_cell(c.p_holm)}', c.seeds_needed or 'more than 1000'
     return f'cannot be told apart from {other}: {p}; {needed} seeds would be needed for a difference of this size' if c.verdict == 'cannot be told apart' else f'is {c.verdict} than {other}: {p}'
 
