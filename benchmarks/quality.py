@@ -35,7 +35,7 @@ from flow_study.trainer import FlowTrainer, choose_average
 
 SEEDS = (42, 43, 44)
 DRAWS = 32
-SAMPLED = ('mlp', 'mlp, base') # Rows whose samples are evaluated, as the network gives them, and with spread and mean of the training rows
+SAMPLED = ('mlp', 'mlp, base', 'mlp, base, long') # Rows whose samples are evaluated, as the network gives them, and with spread and mean of the training rows
 STEERED = dict(autoguidance='auto', centred=True)
 DRAWN = dict(val=({}, STEERED), test=(STEERED,))
 # What suits the number of rows. 800: 1,800 steps, rows mixed, dropout. 8,000: 5,890 steps, and neither, since nothing is learned by heart in that time.
@@ -50,6 +50,9 @@ ROWS = {split: {
     'mamba, tiny': dict(arch='mamba', size='tiny'),
     'mlp-plain': dict(arch='mlp-plain', net_dropout=None),
 } for split, lr in {'1k': 1e-3, '10k': 5e-4}.items()}
+# With 8,000 rows a wide network is far from done after 5,890 steps. Four times as many learn rows by heart, and want dropout again.
+LONG = dict(size='base', lr=5e-4, epochs=760, net_dropout=0.2, precision='bf16')
+ROWS['10k']['mlp, base, long'] = LONG
 # One choice at a time, for the first seed, on the first data set of a size
 CHOICES = {'1k': {
     'mlp, tiny': dict(size='tiny'),
@@ -71,6 +74,8 @@ CHOICES = {'1k': {
     'lr 2e-3': dict(lr=2e-3),
     'lr 5e-4': dict(lr=5e-4),
     'mlp, base, lr 1e-3': dict(size='base'),
+    'mlp, base, long, dropout 0': LONG | dict(net_dropout=0.),
+    'mlp, base, long, dropout 0.1': LONG | dict(net_dropout=0.1),
 }}
 
 

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .config import bad_value, unknown_name
 from .console import Parser, complain, setup_logging, spin_briefly
 from .files import publish, publish_json
-from .sampling import _number_or_auto
+from .sampling import _scale_option
 
 # %% ../nbs/23_metrics.ipynb #2189d0bd
 _logger = logging.getLogger('flow_study.metrics') # not `__name__`, which is `__main__` under `python -m`
@@ -550,7 +550,7 @@ class _Subject(NamedTuple):
     flow:object # The flow it was trained with
     train:object # Training rows
     held:object # Held-out rows
-    autoguidance:float = 1. # Scale with which its samples are drawn
+    autoguidance:object = 1. # Scale with which its samples are drawn, or several
     offset:object = False # What is taken off its velocity, an `Offset`
 
     def conditions(self, n):
@@ -670,7 +670,7 @@ def evaluate(
     draws:int=200, # Resamples of the bootstrap
     nfe_steps:tuple=(1, 2, 5, 10, 20, 50), # Solver steps for quality against NFE
     plots:bool=False, # Save pictures beside the report
-    autoguidance=1., # Scale with which samples are drawn, or `auto`, as for `sample`
+    autoguidance=1., # Scale with which samples are drawn, several, `auto` or `axes`, as for `sample`
     centred:bool=False, # Whether samples are to have the mean of the training rows, as for `sample`
     model=None, # The network, if it was not made by `create_model`
 )->dict: # The report, as in `evaluation.json`
@@ -703,8 +703,8 @@ def _checked(s, n, method, steps, draws):
 
 def _steered(s, autoguidance, centred):
     "A subject, with how its samples are drawn; refused where there is no closed form to be guided away from"
-    from flow_study.sampling import _guided_by_its_own, choose_autoguidance, choose_offset
-    if autoguidance == 'auto': autoguidance = choose_autoguidance(s.model, flow=s.flow)
+    from flow_study.sampling import _guided_by_its_own, _scale_of, choose_offset
+    autoguidance = _scale_of(s.model, autoguidance, s.flow)
     _guided_by_its_own(s.model, autoguidance, False, s.flow)
     return s._replace(autoguidance=autoguidance, offset=choose_offset(s.model, autoguidance, flow=s.flow) if centred else False)
 
@@ -824,7 +824,8 @@ def evaluation_table(
 
 def _drawn(r):
     "How samples were drawn, where not as the network gives them"
-    return ('' if r.get('autoguidance', 1.) == 1 else f", autoguidance {r['autoguidance']:g}") + (', centred' if r.get('centred') else '')
+    scales = r.get('autoguidance', 1.)
+    return ('' if scales == 1 else ', autoguidance ' + ' '.join(f'{s:g}' for s in (scales if isinstance(scales, (tuple, list)) else [scales]))) + (', centred' if r.get('centred') else '')
 
 def _times(n): return 'once' if n == 1 else f'{n} times'
 
@@ -849,7 +850,7 @@ def _parser():
     p.add_argument('--method', default='heun', metavar='NAME', help='solver (default heun)')
     p.add_argument('--steps', type=int, default=50, metavar='N', help='solver steps (default 50)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='decides samples, nulls and resamples (default 0)')
-    p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="for samples: scale of the push away from the network's closed form, or auto (default 1: none)")
+    p.add_argument('--autoguidance', type=_scale_option, default=1., metavar='W', help='how samples are drawn, as for flow_study_sample (default 1: as the network gives them)')
     p.add_argument('--centred', action='store_true', help='draw samples that have the mean of the training rows')
     p.add_argument('--data-dir', metavar='FOLDER', help='folder of the data, where it is not the one the run was trained from')
     p.add_argument('--checkpoint-dir', default='study/checkpoints', metavar='FOLDER', help='folder of the runs, for a name (default %(default)s)')

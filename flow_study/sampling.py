@@ -9,8 +9,8 @@ from __future__ import annotations
 __all__ = ['COMPILE_CALLS', 'euler_step', 'midpoint_step', 'heun_step', 'rk4_step', 'uniform_grid', 'shifted_grid',
            'CountedVelocity', 'SolverError', 'Solution', 'solve', 'CompiledStep', 'guided', 'cfg_zero_star',
            'conditioned', 'autoguided', 'Offset', 'without_offset', 'mean_offset', 'divergence', 'LogLikelihood',
-           'log_likelihood', 'sample', 'choose_autoguidance', 'choose_offset', 'Neighbour', 'nearest_texts',
-           'make_pairs']
+           'log_likelihood', 'sample', 'choose_autoguidance', 'choose_autoguidance_by_axes', 'choose_offset',
+           'Neighbour', 'nearest_texts', 'make_pairs']
 
 # %% ../nbs/22_sampling.ipynb #e792ad0a
 import argparse, io, logging, math, os, shutil
@@ -345,14 +345,29 @@ def conditioned(
 def autoguided(
     velocity, # Of a trained network; takes x (n, d), t, and a condition where it is conditioned
     weak, # A weaker velocity for the same data, such as the closed form that the network corrects
-    scale:float, # w: 1 is the velocity itself
+    scale, # w: 1 is the velocity itself; several for equal parts of the principal axes of the closed form `weak`, those of the widest first
 ): # A velocity, of one evaluation of each
     "A velocity, pushed away from a weaker one"
-    if not scale > 0: raise bad_value('autoguidance', scale, 'above 0')
+    several = isinstance(scale, (tuple, list))
+    if not all(s > 0 for s in (scale if several else [scale])): raise bad_value('autoguidance', scale, 'above 0')
+    push = _along_axes(weak, scale) if several else lambda beyond: scale*beyond
     def v(x, t, *cond):
         u = weak(x, t)
-        return u + scale*(velocity(x, t, *cond) - u)
+        return u + push(velocity(x, t, *cond) - u)
     return v
+
+def _along_axes(closed_form, scales):
+    "A function that scales vectors (n, d) along the principal axes of a Gaussian; directions that it has no axis for go with its last ones"
+    import torch
+    of_axis = torch.tensor(scales)[_part_of_axis(closed_form, len(scales))].to(closed_form.basis)
+    return lambda beyond: scales[-1]*beyond + ((beyond @ closed_form.basis)*(of_axis - scales[-1])) @ closed_form.basis.T
+
+def _part_of_axis(closed_form, parts): # (r,) int64
+    "The part in which each axis of a Gaussian is"
+    import torch
+    axes = closed_form.basis.shape[1] if hasattr(closed_form, 'basis') else 0
+    if parts <= axes: return torch.arange(axes)*parts//axes
+    raise bad_value('autoguidance', f'{parts} scales', f'one scale for a closed form with {axes} principal axes', '' if axes else "Train with precond='gaussian'")
 
 # %% ../nbs/22_sampling.ipynb #bfbdff8f
 class Offset(NamedTuple):
@@ -585,14 +600,19 @@ def _flowed(model, device, n, stream, method='heun', steps=None, times=None, see
 # %% ../nbs/22_sampling.ipynb #f0777224
 def _guided_by_its_own(model, autoguidance, centred, flow):
     "The velocity of a network, pushed away from the closed form that it corrects, its mean kept"
-    if autoguidance == 'auto':
-        autoguidance = choose_autoguidance(model, flow=flow)
-        _logger.info('autoguidance %s: samples are spread like the training rows', autoguidance)
-    if isinstance(autoguidance, str): raise bad_value('autoguidance', autoguidance, "a number above 0, or 'auto'")
+    autoguidance = _scale_of(model, autoguidance, flow)
     velocity = model if autoguidance == 1 else autoguided(model, _closed_form(model, 'autoguidance', autoguidance, 1), autoguidance)
     if centred is False: return velocity
     if not isinstance(centred, (bool, Offset)): raise bad_value('centred', centred, 'True, False or an `Offset`')
     return without_offset(velocity, choose_offset(model, autoguidance, flow=flow) if centred is True else centred)
+
+def _scale_of(model, autoguidance, flow):
+    "The scale, or the scales, that `autoguidance` stands for"
+    if not isinstance(autoguidance, str): return autoguidance
+    if autoguidance not in _choosers: raise bad_value('autoguidance', autoguidance, f"a number above 0, several, or one of {', '.join(_choosers)}")
+    found = _choosers[autoguidance](model, flow=flow)
+    _logger.info('autoguidance %s: samples are spread like the training rows', found)
+    return found
 
 def _closed_form(model, option, value, without):
     "The closed form that a network corrects"
@@ -624,7 +644,7 @@ def sample(
     wrap=None, # Makes a velocity of the network's, for guidance
     cond=None, # A label or a vector, for a network that is conditioned
     guidance:float=1., # Scale of `cfg_zero_star`, with `cond`
-    autoguidance=1., # Scale of `autoguided`, away from the closed form that the network corrects; `auto` for that of `choose_autoguidance`
+    autoguidance=1., # Scale of `autoguided`, away from the closed form that the network corrects, or several; `auto` for that of `choose_autoguidance`, `axes` for those of `choose_autoguidance_by_axes`
     centred=False, # Whether samples have the mean of the training rows: True for `choose_offset`, or an `Offset` from there
     compile:str='auto', # `on`, `off`, or `auto`: on a CPU for some thousand steps of batches
     **solver # For `solve`, such as `rtol`
@@ -670,10 +690,41 @@ def _variance_gap(samples, base):
     if not hasattr(base, 'variances'): return (samples.var(0) - 1).square().sum().item()
     return ((samples @ base.basis.cpu()).var(0) - base.variances.cpu()).square().sum().item()
 
+# %% ../nbs/22_sampling.ipynb #01a5b7b8
+def choose_autoguidance_by_axes(
+    checkpoint, # As for `sample`
+    parts:int=4, # Scales, for equal parts of the axes
+    n:int=1000, # Samples by which they are chosen
+    steps:int=20, # Of `heun`
+    seed:int=0, # Decides their source points, the same in each round
+    most:float=3., # The largest scale that is tried
+    rounds:int=6, # In which all samples are drawn anew
+    flow=None, # As for `sample`
+)->tuple: # A scale for each part, at least 1, that of the widest axes first
+    "The scales of `autoguided` at which samples are spread like the training rows along all axes"
+    import torch
+    model, device = _loaded(checkpoint, None)
+    base = _closed_form(model, 'autoguidance', 'axes', 1)
+    part = _part_of_axis(base, parts)
+    width = lambda variances: torch.zeros(parts).index_add(0, part, variances.cpu())
+    def gap(scales): # Logarithms of how many times too wide the parts are
+        batches = _flowed(model, device, n, 'sample', steps=steps, seed=seed, flow=flow, autoguidance=tuple(scales.tolist()), level=logging.DEBUG)
+        return (width((torch.cat([x for _, x in batches]) @ base.basis.cpu()).var(0))/width(base.variances)).log()
+    scales, slope, tried = torch.ones(parts), torch.full((parts,), 2.), []
+    for _ in range(rounds):
+        tried.append((scales, gap(scales)))
+        if len(tried) > 1:
+            (s0, g0), (s1, g1) = tried[-2:]
+            slope = torch.where(s0 == s1, slope, (g1 - g0)/(s1/s0).log()).clamp(0.05, 4.)
+        scales = (scales.log() - (tried[-1][1]/slope).clamp(-0.4, 0.4)).exp().clamp(1., most) # never by more than a half at once
+    return tuple(round(s, 3) for s in min(tried, key=lambda found: found[1].square().sum())[0].tolist())
+
+_choosers = dict(auto=choose_autoguidance, axes=choose_autoguidance_by_axes)
+
 # %% ../nbs/22_sampling.ipynb #57a4c4ec
 def choose_offset(
     checkpoint, # As for `sample`
-    autoguidance:float=1., # Scale with which samples will be drawn
+    autoguidance=1., # Scale with which samples will be drawn, or several
     n:int=4096, # Points that are carried along
     steps:int=20, # Of `heun`
     seed:int=0, # Decides their source points
@@ -742,11 +793,12 @@ def make_pairs(
     return dict(x0=x0, x1=x1, source=source, stats=model.stats.state_dict(), seed=seed)
 
 # %% ../nbs/22_sampling.ipynb #0154ea42
-def _number_or_auto(text):
+def _scale_option(text):
     "What `--autoguidance` takes"
-    if text == 'auto': return text
-    try: return float(text)
-    except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, or auto") from None
+    if text in _choosers: return text
+    try: found = tuple(float(s) for s in text.split(','))
+    except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, several with commas between them, {' or '.join(_choosers)}") from None
+    return found if len(found) > 1 else found[0]
 
 def _parser():
     "The arguments of `flow_study_sample`"
@@ -767,7 +819,7 @@ def _parser():
     p.add_argument('--data-dir', metavar='DIR', help="folder of the training texts (default: the run's own)")
     p.add_argument('--label', type=int, metavar='N', help='label of the samples, for a network that is conditioned on labels')
     p.add_argument('--guidance', type=float, default=1., metavar='W', help='with --label: scale of classifier-free guidance (default 1: none)')
-    p.add_argument('--autoguidance', type=_number_or_auto, default=1., metavar='W', help="scale of the push away from the network's closed form, or auto: spread like the training rows (default 1: none)")
+    p.add_argument('--autoguidance', type=_scale_option, default=1., metavar='W', help="scale of the push away from the network's closed form; auto: the one at which samples are spread most like the training rows; axes: four, of the widest axes first, at which they are along all of them (default 1: none)")
     p.add_argument('--centred', action='store_true', help='take off what the network says too much on average, so that samples have the mean of the training rows')
     p.add_argument('--device', default='cpu', metavar='NAME', help='where to compute (default %(default)s)')
     return p
