@@ -3,7 +3,7 @@
     python benchmarks/quality.py --sonar ../shared/data/sonar          # runs what is missing, then prints the table
     python benchmarks/quality.py --runs 1                              # the next missing run only; call it again to go on
     python benchmarks/quality.py --runs 0                              # the table of what is there
-    python benchmarks/quality.py --runs 0 --samples                    # and samples of the residual perceptrons, one run at a time
+    python benchmarks/quality.py --runs 0 --samples                    # and samples of those in `SAMPLED`, one run at a time
     python benchmarks/quality.py --runs 0 --samples --test             # at the very end, once: the same on the test rows
 
 Each run is a run directory in `--out`, made by the trainer itself, with a `quality.json` beside its checkpoints; one that was interrupted
@@ -35,9 +35,8 @@ from flow_study.trainer import FlowTrainer, choose_average
 
 SEEDS = (42, 43, 44)
 DRAWS = 32
-SAMPLED = ('mlp', 'mlp, base', 'mlp, base, long') # Rows whose samples are evaluated, as the network gives them, and with spread and mean of the training rows
-STEERED = dict(autoguidance='auto', centred=True)
-DRAWN = dict(val=({}, STEERED), test=(STEERED,))
+# Rows whose samples are evaluated, on validation as the network gives them too, and how they are drawn then: with spread and mean of the training rows
+SAMPLED = {'mlp': dict(autoguidance='auto', centred=True), 'mlp, base': dict(autoguidance='auto', centred=True), 'mlp, base, long': dict(autoguidance='axes', centred=True)}
 # What suits the number of rows. 800: 1,800 steps, rows mixed, dropout. 8,000: 5,890 steps, and neither, since nothing is learned by heart in that time.
 BEST = {'1k': dict(arch='mlp', aug='mixup', lr=2e-3, warmup_steps=150, ema_snapshots=6, epochs=600, val_frequency=10),
         '10k': dict(arch='mlp', lr=1e-3, warmup_steps=150, ema_snapshots=6, net_dropout=0., epochs=190, val_frequency=4)}
@@ -226,7 +225,8 @@ def sample_lines(row, split, samples):
 
 def how(s):
     "How samples were drawn, and of test rows which reading it was"
-    return f"{s['autoguidance']:.3g}" + ', centred'*s.get('centred', False) + (f", read {s['reads']}" if s['split'] == 'test' else '')
+    scales = s['autoguidance'] if isinstance(s['autoguidance'], list) else [s['autoguidance']]
+    return ' '.join(f'{scale:.3g}' for scale in scales) + ', centred'*s.get('centred', False) + (f", read {s['reads']}" if s['split'] == 'test' else '')
 
 
 def less(metric):
@@ -267,7 +267,7 @@ def main():
         print(f"{r['data']:12}{r['row']:24}{r['seed']}  loss {r['loss']:.4f}  gain {r['gain']:+.4f} ± {r['half_width']:.4f}  {r['state']}, best epoch {r['best_epoch']}, {r['cpu_seconds'] or 'resumed,'} CPU seconds", flush=True)
     if args.samples:
         split = 'test' if args.test else 'val'
-        left = [(c, drawn) for _, row, _, c in plan(args) if row in SAMPLED and done(c) for drawn in DRAWN[split] if key(split, drawn) not in sampled(c)]
+        left = [(c, drawn) for _, row, _, c in plan(args) if row in SAMPLED and done(c) for drawn in ({}, SAMPLED[row])[args.test:] if key(split, drawn) not in sampled(c)]
         for config, drawn in left[:1]:
             judge_samples(config, split, drawn)
             print(f'{config.run_name}: samples evaluated, {key(split, drawn)}', flush=True)

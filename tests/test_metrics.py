@@ -370,6 +370,23 @@ def test_autoguidance_of_samples_and_paths(place, eval_main):
     assert code == 0 and 'autoguidance 1.25, centred' in out
 
 
+def test_autoguidance_along_axes(place, eval_main):
+    "Four scales in the report, which draw the same samples again when they are given as numbers"
+    from flow_study.train import main
+    run = 'study/checkpoints/mlp-icfm-1k-none'
+    assert main('--arch mlp --size tiny --flow icfm --dataset 1k --group tests --epochs 20 --lr 2e-3 --device cpu --wandb-mode disabled'.split()) == 0
+    one = evaluate(run, **quick, autoguidance=1.2)['samples']
+    for same in ((1.2,), [1.2]*4): # one scale for all is one scale, up to the order of sums
+        several = evaluate(run, **quick, autoguidance=same)['samples']
+        assert several['energy_distance']['value'] == pytest.approx(one['energy_distance']['value'], abs=1e-4)
+    chosen = evaluate(run, **quick, autoguidance='axes')
+    assert len(chosen['autoguidance']) == 4 and all(1 <= s <= 3 for s in chosen['autoguidance'])
+    assert evaluate(run, **quick, autoguidance=chosen['autoguidance'])['samples'] == chosen['samples']
+    assert json.loads((place/run/'evaluation.json').read_text())['autoguidance'] == list(chosen['autoguidance'])
+    code, out, _ = eval_main(run, '--n', 100, '--steps', 5, '--autoguidance', '1.25,1.5', '--no-plots')
+    assert code == 0 and 'autoguidance 1.25 1.5' in out
+
+
 def test_centred_samples_have_the_mean_of_the_training_rows(place):
     "Also those of a network that is pushed to one side; its losses stay"
     from flow_study.train import main
