@@ -214,11 +214,11 @@ def sample_lines(row, split, samples):
     "What `evaluate` said of the samples of a network"
     if not samples: return []
     lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows, with 95 % intervals; in brackets the shrunk Gaussian's samples, and the floor: real rows.\n",
-             '| seed | drawn with autoguidance | loss | gain | energy distance | less the Gaussian\'s, paired | 1-NN accuracy | of real rows, of samples | distance of both to ½ | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|---|---|']
+             '| seed | drawn with autoguidance | loss | gain | energy distance | less the Gaussian\'s, paired | 1-NN accuracy | less the Gaussian\'s, paired | of real rows, of samples | distance of both to ½ | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|---|---|---|']
     cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) [{m['null']['shrunk_gaussian']['value']:.3f}; {m['floor']:.3f}]"
     for s in samples:
         g, found = s['run']['paired_gain'], s['samples']
-        cells = [cell(found['energy_distance']), less(found['energy_distance']), cell(found['nn_accuracy']), *apart(found['nn_accuracy'], found['nn_asymmetry']), *(cell(found[k]) for k in ('coverage', 'memorisation', 'copies'))]
+        cells = [cell(found['energy_distance']), less(found['energy_distance']), cell(found['nn_accuracy']), less(found['nn_accuracy']), *apart(found['nn_accuracy'], found['nn_asymmetry']), *(cell(found[k]) for k in ('coverage', 'memorisation', 'copies'))]
         lines.append(f"| {s['seed']} | {how(s)} | {s['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
     return lines
 
