@@ -348,9 +348,9 @@ def autoguided(
     scale, # w: 1 is the velocity itself; several for equal parts of the principal axes of the closed form `weak`, those of the widest first
 ): # A velocity, of one evaluation of each
     "A velocity, pushed away from a weaker one"
-    several = isinstance(scale, (tuple, list))
-    if not all(s > 0 for s in (scale if several else [scale])): raise bad_value('autoguidance', scale, 'above 0')
-    push = _along_axes(weak, scale) if several else lambda beyond: scale*beyond
+    scales = scale if isinstance(scale, (tuple, list)) else [scale]
+    if not scales or not all(s > 0 for s in scales): raise bad_value('autoguidance', scale, 'above 0')
+    push = _along_axes(weak, scales) if len(scales) > 1 else lambda beyond: scales[0]*beyond
     def v(x, t, *cond):
         u = weak(x, t)
         return u + push(velocity(x, t, *cond) - u)
@@ -366,8 +366,9 @@ def _part_of_axis(closed_form, parts): # (r,) int64
     "The part in which each axis of a Gaussian is"
     import torch
     axes = closed_form.basis.shape[1] if hasattr(closed_form, 'basis') else 0
-    if parts <= axes: return torch.arange(axes)*parts//axes
-    raise bad_value('autoguidance', f'{parts} scales', f'one scale for a closed form with {axes} principal axes', '' if axes else "Train with precond='gaussian'")
+    if 1 <= parts <= axes: return torch.arange(axes)*parts//axes
+    if axes: raise bad_value('autoguidance', f'{parts} scales', f'1 to {axes}, for the {axes} principal axes of the closed form')
+    raise bad_value('autoguidance', f'{parts} scales', '1 for a closed form without principal axes', "Train with precond='gaussian'")
 
 # %% ../nbs/22_sampling.ipynb #bfbdff8f
 class Offset(NamedTuple):
