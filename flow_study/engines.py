@@ -74,15 +74,15 @@ def evaluation_of(
     try: report = json.loads((job.run_dir/'evaluation.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
     found = report if report.get('split') == job.split else report.get('other', {}).get(job.split) or {}
-    planned = {k: v for k, v in evaluation_arguments(job).items() if k in ('n', 'method', 'steps', 'seed') and v is not None}
-    made = {k: found.get(k) for k in planned}
+    planned = {k: list(v) if isinstance(v, tuple) else v for k, v in evaluation_arguments(job).items() if k in ('n', 'method', 'steps', 'seed', 'autoguidance', 'centred') and v is not None}
+    made = {k: found.get(k) for k in planned} | dict(autoguidance=found.get('autoguidance_asked', 1.), centred=found.get('centred', False))
     return found if found and made == planned and found['interval'].endswith(f", {job.evaluation.get('draws', 200)} resamples") else None
 
 def evaluation_arguments(
     job:Job # Of a study
 )->dict:
     "What `evaluate` is called with: samples are drawn with the seed of the run, so that the spread over seeds has theirs in it"
-    return {**dict(method='heun', steps=50, draws=200, nfe_steps=(10,)), **job.evaluation, 'seed': job.config['seed'], 'split': job.split}
+    return {**dict(method='heun', steps=50, draws=200, nfe_steps=(10,), autoguidance=1., centred=False), **job.evaluation, 'seed': job.config['seed'], 'split': job.split}
 
 # %% ../nbs/32_engines.ipynb #e2a0b15e
 def as_options(

@@ -680,7 +680,7 @@ def evaluate(
     s = _steered(s, autoguidance, centred)
     file = s.path.with_name('evaluation.json')
     earlier = _count_read(file, split)
-    report = dict(_described(s, split), n=n, method=method, steps=steps, seed=seed, autoguidance=s.autoguidance, centred=centred, reads=earlier['reads'],
+    report = dict(_described(s, split), n=n, method=method, steps=steps, seed=seed, autoguidance=s.autoguidance, autoguidance_asked=autoguidance, centred=centred, reads=earlier['reads'],
                   interval=f'95 %, centred bootstrap over rows of both tables, {draws} resamples', **_losses(s))
     samples, found = _sampled(s, report, draws, nfe_steps)
     report |= found | dict(other=_others_kept(earlier, split))

@@ -610,10 +610,18 @@ def _guided_by_its_own(model, autoguidance, centred, flow):
 def _scale_of(model, autoguidance, flow):
     "The scale, or the scales, that `autoguidance` stands for"
     if not isinstance(autoguidance, str): return autoguidance
-    if autoguidance not in _choosers: raise bad_value('autoguidance', autoguidance, f"a number above 0, several, or one of {', '.join(_choosers)}")
+    _check_steering(model, autoguidance, False)
     found = _choosers[autoguidance](model, flow=flow)
     _logger.info('autoguidance %s: samples are spread like the training rows', found)
     return found
+
+def _check_steering(model, autoguidance, centred, config=None):
+    "Refuse what cannot be done with a network, before scales or offsets are looked for"
+    if isinstance(autoguidance, str) and autoguidance not in _choosers: raise bad_value('autoguidance', autoguidance, f"a number above 0, several, or one of {', '.join(_choosers)}")
+    if autoguidance != 1: autoguided(model, _closed_form(model, 'autoguidance', autoguidance, 1), 1. if isinstance(autoguidance, str) else autoguidance)
+    if not centred: return
+    _closed_form(model, 'centred', True, False)
+    if getattr(config or getattr(model, 'config', None), 'cond', None): raise bad_value('centred', True, 'False for a network with conditions', 'Each of them has a mean of its own')
 
 def _closed_form(model, option, value, without):
     "The closed form that a network corrects"
@@ -733,11 +741,10 @@ def choose_offset(
 )->Offset: # For `sample`
     "What is to be taken off the velocity of a network that corrects a closed form, so that its samples have the mean of the training rows"
     model, device = _loaded(checkpoint, None)
-    base = _closed_form(model, 'centred', True, False)
-    if getattr(getattr(model, 'config', None), 'cond', None): raise bad_value('centred', True, 'False for a network with conditions', 'Each of them has a mean of its own')
+    _check_steering(model, autoguidance, True)
     flow, d = _described(model, flow)
     x0 = _source_rows(flow, d, 0, n, seed, 'offset').to(device)
-    with _evaluating(model): return mean_offset(_guided_by_its_own(model, autoguidance, False, flow), base, x0, uniform_grid(steps))
+    with _evaluating(model): return mean_offset(_guided_by_its_own(model, autoguidance, False, flow), model.base, x0, uniform_grid(steps))
 
 # %% ../nbs/22_sampling.ipynb #d8cc8830
 class Neighbour(NamedTuple):

@@ -23,6 +23,7 @@ from .console import Parser, complain, setup_logging
 from .engines import Job, _context, _end_with_parent, config_on_disk, create_engine, evaluation_arguments, evaluation_of, run_state
 from .files import publish, publish_json, to_json
 from .rundir import acquire_lock, read_metrics, read_status, this_process
+from .sampling import _scale_option
 from .statistics import MIN_SEEDS, _holm, compare_arms, fit_power_law, mean_ranks, paired_test, plot_ranks, seed_interval, smallest_effect, smallest_p
 from .train import _add_how
 
@@ -139,7 +140,7 @@ def _check_options(self:Study):
     keys = {_loss_key(c) for c in self.configs}
     if self.metric == 'val_loss' and len(keys) > len({(c.data_dir, c.dataset) for c in self.configs}): raise _not_losses()
 
-_evaluation = ('n', 'method', 'steps', 'draws', 'nfe_steps')
+_evaluation = ('n', 'method', 'steps', 'draws', 'nfe_steps', 'autoguidance', 'centred')
 
 # %% ../nbs/34_study.ipynb #d833f72b
 @patch(cls_method=True)
@@ -200,8 +201,9 @@ def _measure(job, seconds):
     try:
         config.validate_stats_path()
         train, val = _splits(config.dataset, config.stats_path, config.data_dir)
-        _check_evaluation(job, train, val)
-        trainer = FlowTrainer(build_model(config, train), config, train, val, options['device'], trackers=[])
+        model = build_model(config, train)
+        _check_evaluation(job, model, train, val)
+        trainer = FlowTrainer(model, config, train, val, options['device'], trackers=[])
         trainer._setup()
         return dict(error=None, epoch_seconds=_epoch_seconds(trainer, seconds) if seconds else None, epoch_steps=len(trainer.loader))
     except RuntimeError as e: return dict(error=None, epoch_seconds=None, epoch_steps=0, doubt=str(e))
@@ -215,10 +217,12 @@ def _splits(dataset, stats_path, data_dir, _kept={}):
     if key not in _kept: _kept[key] = load_all_splits(*key)[:2]
     return _kept[key]
 
-def _check_evaluation(job, train, held):
+def _check_evaluation(job, model, train, held):
     "What `evaluate` would refuse after the training"
     from flow_study.metrics import _Subject, _checked
+    from flow_study.sampling import _check_steering
     given = evaluation_arguments(job)
+    _check_steering(model, given['autoguidance'], given['centred'], TrainingConfig.from_dict(job.config))
     _checked(_Subject(None, None, None, train, held), given.get('n'), given['method'], given['steps'], given['draws'])
 
 def _epoch_seconds(trainer, seconds):
@@ -254,7 +258,7 @@ class Plan:
 def __repr__(self:Plan):
     "What there is to do, what it may cost, and which differences its seeds can show"
     time = f', at most {_duration(self.seconds)} of training on {self.slots} at once ({self.steps:,} steps)' if math.isfinite(self.seconds) else ''
-    seeds = _seeds(self.seeds)
+    seeds = _seeds_text(self.seeds)
     lines = [f'{self.name}: {self.cells} cells x {seeds} = {self.runs} runs, {self.todo} to do{time}']
     if self.failed: lines.append(f'{self.failed} of them failed before; they are tried again only if asked for')
     if self.seeds < MIN_SEEDS: return '\n'.join([*lines, f'{seeds}: nothing will be concluded, {MIN_SEEDS} are the least'])
@@ -263,7 +267,7 @@ def __repr__(self:Plan):
     lines.append(f'Smallest p of an exact rank test with {self.seeds} seeds: {smallest_p(self.seeds):.2g}')
     return '\n'.join(lines)
 
-def _seeds(n): return f"{n} seed{'s'*(n != 1)}"
+def _seeds_text(n): return f"{n} seed{'s'*(n != 1)}"
 
 def _duration(seconds):
     "Seconds as a reader would say them"
@@ -711,7 +715,7 @@ def _line(self:Results, task, arm, values, metric, c, closed, spoiled):
     "One row"
     i, runs = seed_interval(values.values()), [] if closed else self._of(task)[arm]
     verdict = 'reference' if c is None else c.verdict
-    if i.n < MIN_SEEDS or c is not None and c.paired.n < MIN_SEEDS: verdict = f'nothing can be concluded ({_seeds(i.n)})'
+    if i.n < MIN_SEEDS or c is not None and c.paired.n < MIN_SEEDS: verdict = f'nothing can be concluded ({_seeds_text(i.n)})'
     elif spoiled: verdict = 'no metric here: passed by ' + ', '.join(k.replace('_', ' ') for k in spoiled)
     elif verdict == 'cannot be told apart': verdict += f" ({c.seeds_needed or 'more than 1000'} seeds needed)"
     test = lambda k: getattr(c.paired, k) if c is not None else None
@@ -820,11 +824,11 @@ def ranks(self:Results,
 # %% ../nbs/34_study.ipynb #448a7856
 def _interval_text(i):
     "A mean and its interval"
-    return f'{_cell(i.mean)} ({_cell(i.low)} to {_cell(i.high)}, {i.n} seeds)' if i.n >= MIN_SEEDS else f'{_cell(i.mean)} ({_seeds(i.n)})'
+    return f'{_cell(i.mean)} ({_cell(i.low)} to {_cell(i.high)}, {i.n} seeds)' if i.n >= MIN_SEEDS else f'{_cell(i.mean)} ({_seeds_text(i.n)})'
 
 def _against(c, other):
     "One comparison"
-    if c.paired.n < MIN_SEEDS: return f'cannot be compared with {other} ({_seeds(c.paired.n)})'
+    if c.paired.n < MIN_SEEDS: return f'cannot be compared with {other} ({_seeds_text(c.paired.n)})'
     p, needed = f'{_cell(c.paired.difference)} ({_cell(c.paired.low)} to {_cell(c.paired.high)}), corrected p {_cell(c.p_holm)}', c.seeds_needed or 'more than 1000'
     return f'cannot be told apart from {other}: {p}; {needed} seeds would be needed for a difference of this size' if c.verdict == 'cannot be told apart' else f'is {c.verdict} than {other}: {p}'
 
@@ -1167,11 +1171,13 @@ def _parser():
     s.add_argument('--eval-n', type=int, metavar='N', help='samples of each evaluation; by default as many as training rows, up to 2000')
     s.add_argument('--eval-steps', type=int, metavar='N', help='solver steps of each evaluation (default 50)')
     s.add_argument('--eval-draws', type=int, metavar='N', help='bootstrap resamples of each evaluation (default 200)')
+    s.add_argument('--eval-autoguidance', type=_scale_option, metavar='W', help='how samples of each evaluation are drawn, as for flow_study_sample (default 1: as the network gives them)')
+    s.add_argument('--eval-centred', action='store_true', default=None, help='draw samples of each evaluation with the mean of the training rows')
     s.add_argument('--no-test', action='store_true', help='do not read the test rows in the end')
     s.add_argument('--dry-run', action='store_true', help='say what would be done, what it would cost and could show; start nothing')
     s.add_argument('--no-measure', action='store_true', help='do not build every cell before the start')
     s.add_argument('--retry-failed', action='store_true', help='try runs again that have failed')
-    s.add_argument('--engine', metavar='NAME', help='where runs are carried out: local, or ray for many machines (default local)')
+    s.add_argument('--engine', metavar='NAME', help='where runs are carried out: local, ensemble for the seeds of a cell in one program, or ray for many machines (default local)')
     s.add_argument('--workers', type=int, metavar='N', help='runs at once; by default one for each core or GPU')
     s.add_argument('--threads', type=int, metavar='N', help='threads of each run (default 1)')
     _add_how(p.add_argument_group('how runs are carried out'))
@@ -1195,7 +1201,7 @@ def _study_of(args, p):
     given = {k: v for k, v in vars(args).items() if v is not None}
     grid = {f.name: given.pop(f.name) for f in fields(TrainingConfig) if f.name in given and f.name != 'group'}
     study = {k: given[k] for k in ('seeds', 'metric', 'reports_dir', 'engine', 'workers', 'threads') if k in given}
-    evaluation = {k: given[f'eval_{k}'] for k in ('n', 'steps', 'draws') if f'eval_{k}' in given}
+    evaluation = {k: given[f'eval_{k}'] for k in ('n', 'steps', 'draws', 'autoguidance', 'centred') if f'eval_{k}' in given}
     how = argparse.ArgumentParser()
     _add_how(how)
     options = {a.dest: given[a.dest] for a in how._actions if a.dest in given and given[a.dest] != a.default}

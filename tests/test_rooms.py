@@ -72,6 +72,14 @@ def test_public_names_are_unique():
     assert [name for name, count in counts.items() if count > 1] == []
 
 
+@pytest.mark.parametrize('module', MODULES)
+def test_no_name_is_taken_twice(module):
+    "Cells do not see each other: a second function of the same name would silently replace the first in the module"
+    body = ast.parse((PACKAGE/f'{module}.py').read_text(encoding='utf-8')).body
+    names = Counter(node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.decorator_list) # a decorated one may be a method, by `patch`
+    assert {name for name, times in names.items() if times > 1} == set()
+
+
 def test_no_public_name_is_a_module():
     assert {name for module in MODULES for name in public_names(module)} & set(MODULES) == set()
 

@@ -117,6 +117,34 @@ def test_a_run_that_fails_does_not_take_the_study_with_it(place, capsys, caplog)
     assert 'simple-icfm-1k-none-batch_size=5000: new' in (study.report_dir/'report.md').read_text()
 
 
+def test_samples_are_drawn_as_planned(place):
+    "Pushed and centred where the study says so; an evaluation by hand that drew others is not taken for the planned one, nor the other way round"
+    from flow_study.metrics import evaluate
+    grid, drawn = dict(arch='mlp', size='tiny', flow='icfm', epochs=2, lr=1e-3), dict(n=200, steps=3, draws=20)
+    plain = small(seeds=1, grid=grid, evaluation=drawn)
+    pushed = small(seeds=1, grid=grid, evaluation=dict(drawn, autoguidance=(1.1, 1.2), centred=True))
+    job = plain.job(plain.configs[0])
+    first = plain.run(measure=False, test=False).runs[0]['val']
+    assert [run_state(s.job(s.configs[0])) for s in (plain, pushed)] == ['done', 'trained']
+    second = pushed.run(measure=False, test=False).runs[0]['val']
+    report = json.loads((job.run_dir/'evaluation.json').read_text())
+    assert (report['autoguidance'], report['centred']) == ([1.1, 1.2], True) and first['metrics'] != second['metrics'] and first['loss'] == second['loss']
+    assert [run_state(s.job(s.configs[0])) for s in (plain, pushed)] == ['trained', 'done']
+    evaluate(job.run_dir, **drawn, seed=42, autoguidance='auto', nfe_steps=(10,))
+    assert run_state(job) == run_state(pushed.job(pushed.configs[0])) == 'trained'
+
+
+@pytest.mark.parametrize('grid, evaluation, message', [
+    (dict(arch='simple'), dict(autoguidance='auto'), "autoguidance='auto': expected 1 for a network that corrects no closed form"),
+    (dict(arch='mlp', size='tiny'), dict(autoguidance='much'), "autoguidance='much': expected a number above 0"),
+    (dict(arch='mlp', size='tiny'), dict(autoguidance=0.), 'autoguidance=0.0: expected above 0'),
+    (dict(arch='simple'), dict(centred=True), 'centred=True')])
+def test_how_samples_cannot_be_drawn_is_said_before_a_run_begins(place, grid, evaluation, message):
+    study = small(seeds=1, grid=dict(grid, flow='icfm'), evaluation=dict(n=200, steps=3, draws=20, **evaluation))
+    with pytest.raises(ValueError, match=re.escape(message)): study.run()
+    assert not RUNS.exists()
+
+
 def test_a_killed_run_is_tried_again(place):
     study = small(seeds=1, grid=dict(epochs=150, patience=150))
     events, engine = [], study._engine()
