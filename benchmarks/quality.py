@@ -213,14 +213,24 @@ def table(found):
 def sample_lines(row, split, samples):
     "What `evaluate` said of the samples of a network"
     if not samples: return []
-    lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows, with 95 % intervals; in brackets the shrunk Gaussian's samples, and the floor: real rows.\n",
-             '| seed | drawn with autoguidance | loss | gain | energy distance | less the Gaussian\'s, paired | 1-NN accuracy | less the Gaussian\'s, paired | of real rows, of samples | distance of both to ½ | coverage | memorisation | copies |', '|---|---|---|---|---|---|---|---|---|---|---|---|---|']
-    cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) [{m['null']['shrunk_gaussian']['value']:.3f}; {m['floor']:.3f}]"
+    head = 'seed|drawn with autoguidance|loss, gain|energy distance|less the Gaussian\'s, paired|1-NN accuracy|less the Gaussian\'s, paired|of real rows, of samples|distance of both to ½|coverage|memorisation|copies'.split('|')
+    lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows, with 95 % intervals.\n", as_row(head), '|---'*len(head) + '|']
+    cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
     for s in samples:
         g, found = s['run']['paired_gain'], s['samples']
-        cells = [cell(found['energy_distance']), less(found['energy_distance']), cell(found['nn_accuracy']), less(found['nn_accuracy']), *apart(found['nn_accuracy'], found['nn_asymmetry']), *(cell(found[k]) for k in ('coverage', 'memorisation', 'copies'))]
-        lines.append(f"| {s['seed']} | {how(s)} | {s['run']['loss']:.4f} | {g['mean']:+.4f} ± {1.96*g['se']:.4f} | " + ' | '.join(cells) + ' |')
-    return lines
+        lines.append(as_row([s['seed'], how(s), f"{s['run']['loss']:.4f}, {g['mean']:+.4f} ± {1.96*g['se']:.4f}", cell(found['energy_distance']), less(found['energy_distance']), cell(found['nn_accuracy']), less(found['nn_accuracy']),
+                             *apart(found['nn_accuracy'], found['nn_asymmetry']), *(cell(found[k]) for k in ('coverage', 'memorisation', 'copies'))]))
+    return lines + [as_row(reference_cells(name, {k: value(m) for k, m in samples[0]['samples'].items()}))
+                    for name, value in {'*shrunk Gaussian*': lambda m: m['null']['shrunk_gaussian']['value'], '*real rows*': lambda m: m['floor']}.items()]
+
+
+def as_row(cells): return f"| {' | '.join(map(str, cells))} |"
+
+
+def reference_cells(name, v):
+    "What the Gaussian's samples or real rows have, in the columns of samples; the same for all seeds, since they are compared with the same rows"
+    a, s = v['nn_accuracy'], v['nn_asymmetry']
+    return [name, '', '', f"{v['energy_distance']:.3f}", '', f'{a:.3f}', '', f'{a + s/2:.2f}, {a - s/2:.2f}', f'{max(abs(a - 0.5), abs(s)/2):.3f}', *(f'{v[k]:.3f}' for k in ('coverage', 'memorisation', 'copies'))]
 
 
 def how(s):
@@ -238,14 +248,11 @@ def less(metric):
 def apart(accuracy, asymmetry):
     """Cells: the 1-NN accuracy of real rows and of samples, and the mean distance of the two to one half, in which opposite errors do not cancel.
     The mean of |a + s/2 - 1/2| and |a - s/2 - 1/2| is the larger one of |a - 1/2| and |s|/2; its interval is made of theirs, and too wide rather than too narrow"""
-    value = lambda m: dict(run=m['value'], null=m['null']['shrunk_gaussian']['value'], floor=m['floor'])
-    tables = {k: (value(accuracy)[k], value(asymmetry)[k]) for k in ('run', 'null', 'floor')}
-    both = {k: f'{a + s/2:.2f}, {a - s/2:.2f}' for k, (a, s) in tables.items()}
-    far = {k: max(abs(a - 0.5), abs(s)/2) for k, (a, s) in tables.items()}
+    a, s = accuracy['value'], asymmetry['value']
     ends = [(m['low'] - shift, m['high'] - shift, scale) for m, shift, scale in ((accuracy, 0.5, 1), (asymmetry, 0, 0.5))]
     low = max(scale*max(lo, -hi, 0) for lo, hi, scale in ends)
     high = max(scale*max(-lo, hi) for lo, hi, scale in ends)
-    return [f"{both['run']} [{both['null']}; {both['floor']}]", f"{far['run']:.3f} ({low:.3f} to {high:.3f}) [{far['null']:.3f}; {far['floor']:.3f}]"]
+    return [f'{a + s/2:.2f}, {a - s/2:.2f}', f'{max(abs(a - 0.5), abs(s)/2):.3f} ({low:.3f} to {high:.3f})']
 
 
 def main():
