@@ -213,7 +213,7 @@ def table(found):
 def sample_lines(row, split, samples):
     "What `evaluate` said of the samples of a network"
     if not samples: return []
-    head = 'seed|drawn with autoguidance|loss, gain|energy distance|less the Gaussian\'s, paired|1-NN accuracy|less the Gaussian\'s, paired|of real rows, of samples|distance of both to ½|coverage|memorisation|copies'.split('|')
+    head = 'seed|drawn with auto\u00adguidance|loss, gain|energy dis\u00adtance|less the Gaus\u00adsian\'s, paired|1-NN accu\u00adracy|less the Gaus\u00adsian\'s, paired|of real rows, of sam\u00adples|dis\u00adtance of both to ½|cover\u00adage|memori\u00adsation|copies'.split('|') # soft hyphens: the table is as wide as a page
     lines = [f"\n{samples[0]['n']} samples of {row}, average chosen afterwards, against the {split} rows, with 95 % intervals.\n", as_row(head), '|---'*len(head) + '|']
     cell = lambda m: f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
     for s in samples:
