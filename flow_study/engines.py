@@ -75,7 +75,7 @@ def evaluation_of(
     except (OSError, ValueError): return None
     found = report if report.get('split') == job.split else report.get('other', {}).get(job.split) or {}
     planned = {k: list(v) if isinstance(v, tuple) else v for k, v in evaluation_arguments(job).items() if k in ('n', 'method', 'steps', 'seed', 'autoguidance', 'centred') and v is not None}
-    made = {k: found.get(k) for k in planned} | dict(autoguidance=found.get('autoguidance_asked', 1.), centred=found.get('centred', False))
+    made = {k: found.get(k) for k in planned} | dict(autoguidance=found.get('autoguidance_asked', found.get('autoguidance', 1.)), centred=found.get('centred', False))
     return found if found and made == planned and found['interval'].endswith(f", {job.evaluation.get('draws', 200)} resamples") else None
 
 def evaluation_arguments(

@@ -703,9 +703,9 @@ def _checked(s, n, method, steps, draws):
 
 def _steered(s, autoguidance, centred):
     "A subject, with how its samples are drawn; refused where there is no closed form to be guided away from"
-    from flow_study.sampling import _guided_by_its_own, _scale_of, choose_offset
+    from flow_study.sampling import _check_steering, _scale_of, choose_offset
+    _check_steering(s.model, autoguidance, centred)
     autoguidance = _scale_of(s.model, autoguidance, s.flow)
-    _guided_by_its_own(s.model, autoguidance, False, s.flow)
     return s._replace(autoguidance=autoguidance, offset=choose_offset(s.model, autoguidance, flow=s.flow) if centred else False)
 
 def _described(s, split):
